@@ -1,0 +1,498 @@
+"""The vocabulary that travels: between client, database, search and workers. Imports no torch.
+
+Every value is frozen, refuses unknown fields, and round-trips through JSON
+(``model_dump(mode="json")`` / ``model_validate``). Conventions used everywhere:
+
+* ``drop`` is *how much worse* than the original, in the budget's units, positive is worse, whatever the metric's
+  direction: accuracy points as a fraction (0.005 = half a point), relative increase for a loss.
+* costs count the real module: ``parameters`` (elements, buffers excluded), ``macs`` (multiply-accumulates of one
+  sample), ``bytes`` (of the stored tensors), ``latency_ms`` (median, milliseconds, one batch).
+* a *site* is what one decomposition replaces: today one layer, by its dotted name as the user wrote it.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "AskedWork",
+    "Augmentation",
+    "Budget",
+    "Cost",
+    "Costs",
+    "CurvePoint",
+    "DataInfo",
+    "DataSpec",
+    "EpochRecord",
+    "ExportFormat",
+    "ExportWork",
+    "FineTune",
+    "Finished",
+    "Interval",
+    "JobSpec",
+    "LayerInfo",
+    "Layers",
+    "Metric",
+    "ModelInfo",
+    "Outcome",
+    "Plan",
+    "Profile",
+    "ProfileWork",
+    "RefineWork",
+    "Rung",
+    "Sampler",
+    "SearchSpec",
+    "SiteChoice",
+    "SitePlan",
+    "Space",
+    "SplitSizes",
+    "Task",
+    "TensorInfo",
+    "Transform",
+    "TrialRecord",
+    "TrialResult",
+    "TrialState",
+    "TrialWork",
+]
+
+
+class Value(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------ what a user asks
+
+
+class Task(StrEnum):
+    CLASSIFICATION = "classification"
+    """Integer class targets; logits out."""
+    REGRESSION = "regression"
+    """Float targets shaped like the output."""
+    FIDELITY = "fidelity"
+    """No labels: stay close to the original's own outputs."""
+
+
+class Metric(StrEnum):
+    ACCURACY = "accuracy"
+    """Top-1, a fraction of 1; higher is better."""
+    TOP5 = "top5"
+    """Top-5, a fraction of 1; higher is better."""
+    MSE = "mse"
+    """Mean squared error; lower is better; drop = relative increase."""
+    AGREEMENT = "agreement"
+    """Share of samples whose arg-max equals the original's; the original scores 1; higher is better."""
+    OUTPUT_ERROR = "output_error"
+    """||y - y0||^2 / ||y0 - mean(y0)||^2 against the original's outputs; the original scores 0; drop = the value."""
+
+
+METRICS_OF_TASK: dict[Task, tuple[Metric, ...]] = {
+    Task.CLASSIFICATION: (Metric.ACCURACY, Metric.TOP5),
+    Task.REGRESSION: (Metric.MSE,),
+    Task.FIDELITY: (Metric.OUTPUT_ERROR, Metric.AGREEMENT),
+}
+"""The metrics a task allows; the first is its default."""
+
+
+class Cost(StrEnum):
+    PARAMETERS = "parameters"
+    MACS = "macs"
+    BYTES = "bytes"
+    LATENCY = "latency"
+
+
+class ExportFormat(StrEnum):
+    PT2 = "pt2"
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
+    REPORT = "report"
+
+
+class Sampler(StrEnum):
+    TPE = "tpe"
+    NSGA2 = "nsga2"
+    GP = "gp"
+    RANDOM = "random"
+
+
+class Space(StrEnum):
+    GUIDED = "guided"
+    """A few global knobs that the allocator turns into ranks: good in tens of trials."""
+    FULL = "full"
+    """One knob for each layer: for long runs."""
+
+
+class Augmentation(StrEnum):
+    NONE = "none"
+    CROP = "crop"
+    """Zero-pad by an eighth of the side and crop back at random."""
+    CROP_FLIP = "crop_flip"
+
+
+class Transform(Value):
+    """From the stored array to the network's input: ``(x * scale - mean) / std`` per channel, then channels first."""
+
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    layout: Literal["as_is", "nhwc"] = "as_is"
+    """``nhwc``: the stored images have channels last and are turned to channels first."""
+    size: tuple[int, int] | None = None
+    """Height and width that image files are resized to (arrays are never resized)."""
+    augment: Augmentation = Augmentation.NONE
+
+    @model_validator(mode="after")
+    def _std_is_usable(self) -> "Transform":
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"std must be positive in every channel, got {self.std}")
+        if self.scale == 0:
+            raise ValueError("scale is 0, which would erase the data; leave it out for 1.0")
+        return self
+
+
+class DataSpec(Value):
+    """How an uploaded file is read as batches."""
+
+    task: Task = Task.CLASSIFICATION
+    format: Literal["auto", "npz", "safetensors", "parquet", "images"] = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: ``{"image": "img", "label": "fine_label"}`` for tables."""
+    transform: Transform = Transform()
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the training rows held out when the file has no validation split."""
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share held out for verification when the file has no test split; 0 takes half of validation."""
+    seed: int = 0
+
+
+class Budget(Value):
+    """What may be lost. Exactly one of ``max_drop`` and ``min_value``."""
+
+    metric: Metric | None = None
+    """None: the task's first metric."""
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    """In the metric's units (0.005 = half a point of accuracy); relative for losses."""
+    min_value: float | None = None
+    """The metric's own value that must be kept (for losses: not exceeded)."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = None
+    """None: the point estimate decides. 0.95: the paired interval's worse end must keep the budget."""
+    expect: float | None = None
+    """The value you know the original to have; a baseline far from it fails early with advice."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Budget":
+        if (self.max_drop is None) == (self.min_value is None):
+            raise ValueError("give exactly one of max_drop and min_value")
+        return self
+
+
+class SitePlan(Value):
+    """What replaces one site: a method, its ranks (meaning belongs to the method) and options."""
+
+    method: str
+    ranks: tuple[int, ...]
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+Plan = dict[str, SitePlan]
+"""Site name to its replacement; a site that is absent stays as it is."""
+
+
+class Layers(Value):
+    """Which layers may change; glob patterns on the user's own names, later ones win nothing: exclude beats include."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    fixed: Plan = Field(default_factory=dict)
+    """Sites whose replacement is given, not searched."""
+
+
+class FineTune(Value):
+    """The training recipe; 0 epochs means none."""
+
+    epochs: Annotated[float, Field(ge=0, le=10_000)] = 10.0
+    """Epochs of the full rung (refining)."""
+    short_epochs: Annotated[float, Field(ge=0, le=1_000)] = 1.0
+    """Epochs of a promoted trial."""
+    batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Weight of the original's soft outputs; the rest is the labels' loss."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the averaged weights per step; 0 averages nothing."""
+
+
+class SearchSpec(Value):
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 30
+    """Candidates tried over all stages (a promotion is the same candidate taken further)."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Wall-clock limit of the search (refining and exporting come after)."""
+    parallel: Annotated[int, Field(ge=1, le=256)] = 2
+    sampler: Sampler = Sampler.TPE
+    space: Space = Space.GUIDED
+    stages: Annotated[int, Field(ge=1, le=8)] = 1
+    """MUSCO-style iterations: each starts from the best fine-tuned network of the one before."""
+    seed: int = 0
+    calibration_samples: Annotated[int, Field(ge=8)] = 1024
+
+
+class JobSpec(Value):
+    """Everything that decides a job's result, besides the model and the data."""
+
+    budget: Budget
+    minimize: tuple[Cost, ...] = (Cost.PARAMETERS,)
+    methods: Literal["auto"] | tuple[str, ...] = "auto"
+    layers: Layers = Layers()
+    fine_tune: FineTune = FineTune()
+    search: SearchSpec = SearchSpec()
+    export: tuple[ExportFormat, ...] = tuple(ExportFormat)
+
+    @model_validator(mode="after")
+    def _something_to_minimize(self) -> "JobSpec":
+        if not self.minimize:
+            raise ValueError(f"minimize is empty: name at least one of {[c.value for c in Cost]}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ what inspection finds
+
+
+class TensorInfo(Value):
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    """None where the size may vary (the batch)."""
+
+
+class LayerInfo(Value):
+    name: str
+    kind: str
+    """Class of the lifted module: ``Conv2d``, ``Linear``, …"""
+    weight: tuple[int, ...]
+    """Shape of the weight."""
+    output: tuple[int, ...]
+    """Shape of one sample's output."""
+    parameters: int
+    macs: int
+    """Of one sample."""
+    compressible: bool
+    reason: str = ""
+    """Why not, when it is not."""
+    options: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
+    """stride, padding, dilation, groups where there are any."""
+
+
+class ModelInfo(Value):
+    format: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    layers: tuple[LayerInfo, ...]
+    parameters: int
+    macs: int
+    bytes: int
+    skipped: tuple[str, ...] = ()
+    """What runs but cannot be compressed, and why, one sentence each."""
+    batch: Literal["any"] | int = "any"
+
+
+class SplitSizes(Value):
+    train: int
+    select: int
+    verify: int
+
+
+class DataInfo(Value):
+    format: str
+    task: Task
+    inputs: tuple[TensorInfo, ...]
+    target: TensorInfo | None
+    classes: int | None
+    splits: SplitSizes
+    """What the search will use: train to learn, select to choose, verify to check at the end."""
+    notes: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+class Costs(Value):
+    parameters: int
+    macs: int
+    bytes: int
+    latency_ms: float | None = None
+    dense_latency_ms: float | None = None
+    """The original's, measured interleaved with ``latency_ms``."""
+
+    def of(self, cost: Cost) -> float:
+        """The figure for one objective; latency falls back to nan when it was not measured."""
+        if cost is Cost.LATENCY:
+            return float("nan") if self.latency_ms is None else self.latency_ms
+        return float(getattr(self, cost.value))
+
+
+class CurvePoint(Value):
+    ranks: tuple[int, ...]
+    parameters: int
+    macs: int
+    error: float
+    """Relative output error E||y - y^||^2 / E||y - E y||^2 on the calibration set."""
+
+
+class SiteChoice(Value):
+    """One site's error-versus-cost curves."""
+
+    site: str
+    dense_parameters: int
+    dense_macs: int
+    curves: dict[str, tuple[CurvePoint, ...]]
+    """Method to its points, cheapest first; no point costs more than the dense layer."""
+    evbmf: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Method to the ranks that analytic variational Bayes chooses."""
+    sensitivity: float = 1.0
+    """Predicted rise of the loss per unit of relative output error of this site (measured, >= 0)."""
+
+
+class Profile(Value):
+    stage: int
+    metric: Metric
+    value: float
+    """The metric of this stage's starting network on the select split."""
+    verify_value: float
+    """The original's metric on the verify split (stage 0)."""
+    max_drop: float
+    """The budget as a drop on the select split (``min_value`` already turned into one)."""
+    costs: Costs
+    """Of the *original* network, whatever the stage."""
+    sites: tuple[SiteChoice, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Rung(StrEnum):
+    CHEAP = "cheap"
+    """Decompose, reconstruct, recalibrate, evaluate: no gradient."""
+    SHORT = "short"
+    """The same, then a short fine-tuning."""
+    FULL = "full"
+    """The whole recipe, checked on the verify split."""
+
+
+class TrialState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Interval(Value):
+    low: float
+    high: float
+
+
+class EpochRecord(Value):
+    epoch: float
+    loss: float
+    value: float | None
+    """The metric on the select split, when it was evaluated at this epoch."""
+    learning_rate: float
+
+
+class Outcome(StrEnum):
+    """How a run ended; the text is the advice shown to people."""
+
+    OK = "ok"
+    DIVERGED = "fine-tuning diverged: the best weights before it were kept; lower learning_rate"
+    NON_FINITE = "the compressed network gave non-finite outputs: its ranks are too low for this data"
+    OUT_OF_MEMORY = "ran out of memory: lower batch_size or calibration_samples, or give the worker more"
+    LOST_REFERENCE = "the starting network of this stage is gone: extend the job to run it again"
+
+
+class TrialResult(Value):
+    """What one rung of one trial measured."""
+
+    rung: Rung
+    outcome: Outcome = Outcome.OK
+    value: float | None
+    """The metric on the select split; None when the outcome is not usable."""
+    drop: float | None
+    loss: float | None = None
+    costs: Costs
+    seconds: float
+    epochs: float = 0.0
+    curve: tuple[EpochRecord, ...] = ()
+    verify_value: float | None = None
+    verify_drop: float | None = None
+    verify_interval: Interval | None = None
+    """95 % paired interval of ``verify_drop``."""
+    keeps_budget: bool | None = None
+    """Decided on the verify split; only the full rung says."""
+    notes: tuple[str, ...] = ()
+
+
+class TrialRecord(Value):
+    """A candidate and all that is known of it: the history that the search reads."""
+
+    number: int
+    stage: int
+    parent: int | None
+    """The trial whose fine-tuned network this stage starts from; None: the original."""
+    params: dict[str, str | int | float | bool]
+    """The sampler's own parameters."""
+    plan: Plan
+    state: TrialState
+    rung: Rung
+    """The rung it is at (running) or reached (done)."""
+    results: dict[Rung, TrialResult] = Field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------ what to do next
+
+
+class ProfileWork(Value):
+    kind: Literal["profile"] = "profile"
+    stage: int
+    parent: int | None
+
+
+class TrialWork(Value):
+    """A new candidate (``rung`` cheap), or an old one taken to the next rung (same number)."""
+
+    kind: Literal["trial"] = "trial"
+    number: int
+    stage: int
+    parent: int | None
+    params: dict[str, str | int | float | bool]
+    plan: Plan
+    rung: Rung
+
+
+class RefineWork(Value):
+    kind: Literal["refine"] = "refine"
+    number: int
+
+
+class ExportWork(Value):
+    kind: Literal["export"] = "export"
+    number: int
+
+
+class Finished(Value):
+    kind: Literal["finished"] = "finished"
+    ok: bool
+    code: str
+    """Stable: ``kept_budget``, ``nothing_smaller``, ``no_compressible_layer``, …"""
+    reason: str
+    """A sentence that says what happened and what to do."""
+    best: int | None = None
+
+
+AskedWork = Annotated[
+    ProfileWork | TrialWork | RefineWork | ExportWork | Finished,
+    Field(discriminator="kind"),
+]
