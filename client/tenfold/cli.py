@@ -1,0 +1,295 @@
+"""The ``tenfold`` command. ``--json`` prints what the API answered; exit codes are documented in ``--help``."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .client import Client
+from .errors import (
+    APIError,
+    ConnectionFailed,
+    JobFailed,
+    NotAllowed,
+    NotAuthenticated,
+    Rejected,
+    TenfoldError,
+    WaitTimeout,
+)
+from .progress import before_and_after, figures, watch
+from .resources import Job
+
+__all__ = ["main"]
+
+EXIT_CODES = """
+Exit codes: 0 done · 1 the job failed or was cancelled · 2 wrong use · 3 the model or data was refused · \
+4 no or a wrong key · 5 no answer from the service · 6 the service said no · 7 time-out (the job goes on)
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make trained networks small.", epilog=EXIT_CODES)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys (needs an admin key).")
+app.add_typer(keys_app, name="keys")
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def _client() -> Iterator[Client]:
+    with Client() as client:
+        yield client
+
+
+def _print(as_json: bool, data: Any, human: Callable[[], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    else:
+        human()
+
+
+def _submit(model: Path, data: Path, options: dict[str, Any], client: Client) -> Job:
+    err.print(f"uploading {model.name} and {data.name} to {client.base_url}")
+    return client.submit(model, data, **options)
+
+
+Model = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A .pt2 file (see `tenfold.export`).")]
+Data = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".npz, .safetensors, .parquet, .zip or .tar")]
+MaxDrop = Annotated[float | None, typer.Option(help="What may be lost, in the metric's units: 0.005 = half a point.")]
+MinValue = Annotated[float | None, typer.Option(help="Instead of --max-drop: the value that must be kept.")]
+Metric = Annotated[str | None, typer.Option(help="accuracy, top5, mse, output_error or agreement.")]
+Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, bytes, latency; may be repeated.")]
+Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
+Epochs = Annotated[float | None, typer.Option(help="Epochs of the final fine-tuning.")]
+Hours = Annotated[float | None, typer.Option(help="Wall-clock limit of the search.")]
+DataSpec = Annotated[str, typer.Option(help='JSON: {"task": …, "transform": {"scale": …, "mean": …, "std": …}}')]
+
+
+def _options(
+    max_drop: float | None,
+    min_value: float | None,
+    metric: str | None,
+    minimize: list[str] | None,
+    trials: int | None,
+    epochs: float | None,
+    hours: float | None,
+    data_spec: str,
+) -> dict[str, Any]:
+    if (max_drop is None) == (min_value is None):
+        raise typer.BadParameter("give exactly one of --max-drop and --min-value")
+    try:
+        spec = json.loads(data_spec)
+    except ValueError as e:
+        raise typer.BadParameter(f"--data-spec is not JSON: {e}") from e
+    search = {k: v for k, v in {"trials": trials, "hours": hours}.items() if v is not None}
+    return {
+        "max_drop": max_drop,
+        "min_value": min_value,
+        "metric": metric,
+        "minimize": minimize or ["parameters"],
+        "search": search,
+        "fine_tune": {} if epochs is None else {"epochs": epochs},
+        "data_spec": spec,
+    }
+
+
+@app.command()
+def submit(
+    model: Model,
+    data: Data,
+    max_drop: MaxDrop = None,
+    min_value: MinValue = None,
+    metric: Metric = None,
+    minimize: Minimize = None,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    hours: Hours = None,
+    data_spec: DataSpec = "{}",
+    as_json: Json = False,
+) -> None:
+    """Upload and start a search; returns at once."""
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, data_spec)
+    with _client() as client:
+        job = _submit(model, data, options, client)
+        _print(as_json, job.data, lambda: out.print(f"{job.id}\nfollow it: tenfold watch {job.id}", highlight=False))
+
+
+@app.command()
+def compress(
+    model: Model,
+    data: Data,
+    to: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    max_drop: MaxDrop = None,
+    min_value: MinValue = None,
+    metric: Metric = None,
+    minimize: Minimize = None,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    hours: Hours = None,
+    data_spec: DataSpec = "{}",
+    as_json: Json = False,
+) -> None:
+    """Upload, search, watch and download, in one go."""
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, data_spec)
+    with _client() as client:
+        job = watch(_submit(model, data, options, client), console=err)
+        _finish(job, to, as_json)
+
+
+def _finish(job: Job, to: Path, as_json: bool) -> None:
+    """Download a finished job's files and say what came of it; raises ``JobFailed``."""
+    job.wait(0.0 if job.state in Job.TERMINAL else None)
+    files = job.download(to)
+    best = job.data.get("best")
+
+    def human() -> None:
+        if best and job.data.get("baseline"):
+            out.print(before_and_after(job["baseline"], best))
+        out.print(f"{len(files)} files in {to}", highlight=False)
+
+    _print(as_json, {**job.data, "files": [str(f) for f in files]}, human)
+
+
+@app.command(name="watch")
+def watch_command(job: str, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
+    """Follow a job until it ends."""
+    with _client() as client:
+        watch(client.job(job), console=err, timeout=timeout).wait(0.0)
+
+
+@app.command()
+def jobs(as_json: Json = False) -> None:
+    """Your jobs, newest first."""
+    with _client() as client:
+        found = [j.data for j in client.jobs()]
+
+    def human() -> None:
+        table = Table("job", "name", "state", "best", show_edge=False)
+        for j in found:
+            best = figures(j["best"], j.get("baseline")) if j.get("best") else "–"
+            table.add_row(str(j["id"]), str(j["name"]), str(j["state"]), best)
+        out.print(table if found else "no jobs yet: tenfold submit MODEL DATA --max-drop 0.005")
+
+    _print(as_json, found, human)
+
+
+@app.command()
+def trials(job: str, as_json: Json = False) -> None:
+    """Every candidate of a job."""
+    with _client() as client:
+        found = client.job(job).trials()
+
+    def human() -> None:
+        table = Table("#", "stage", "rung", "state", "value", "drop", "parameters", "MACs", show_edge=False)
+        for t in found:
+            r = t.get("result") or {}
+            costs = r.get("costs") or {}
+            table.add_row(
+                str(t["number"]),
+                str(t["stage"]),
+                str(t["rung"]),
+                str(t["state"]),
+                *(f"{r[k]:.4f}" if r.get(k) is not None else "–" for k in ("value", "drop")),
+                *(f"{costs[k]:,}" if costs.get(k) else "–" for k in ("parameters", "macs")),
+            )
+        out.print(table)
+
+    _print(as_json, found, human)
+
+
+@app.command()
+def front(job: str, as_json: Json = False) -> None:
+    """The trade-off front of a job."""
+    with _client() as client:
+        points = client.job(job).front
+
+    def human() -> None:
+        table = Table("trial", "rung", "value", "drop", "parameters", "MACs", show_edge=False)
+        for p in points:
+            table.add_row(
+                str(p["trial"]),
+                str(p["rung"]),
+                *(f"{p[k]:.4f}" if p.get(k) is not None else "–" for k in ("value", "drop")),
+                f"{p['costs']['parameters']:,}",
+                f"{p['costs']['macs']:,}",
+            )
+        out.print(table)
+
+    _print(as_json, points, human)
+
+
+@app.command()
+def download(
+    job: str, to: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")], as_json: Json = False
+) -> None:
+    """Download the best network's files, checked against their SHA-256."""
+    with _client() as client:
+        _finish(client.job(job), to, as_json)
+
+
+@app.command()
+def cancel(job: str) -> None:
+    """Stop a job; what it found stays."""
+    with _client() as client:
+        out.print(f"{client.job(job).cancel().state}: tenfold watch {job}", highlight=False)
+
+
+@keys_app.command("list")
+def keys_list(as_json: Json = False) -> None:
+    """All keys (never their secrets)."""
+    with _client() as client:
+        found = client.keys()
+
+    def human() -> None:
+        table = Table("id", "owner", "name", "scopes", show_edge=False)
+        for k in found:
+            table.add_row(str(k["id"]), str(k["owner"]), str(k["name"]), " ".join(k["scopes"]))
+        out.print(table)
+
+    _print(as_json, found, human)
+
+
+@keys_app.command("create")
+def keys_create(
+    name: str,
+    scope: Annotated[list[str] | None, typer.Option(help="read, submit, admin; may be repeated.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Whose things the key sees.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A new key; the secret is printed once."""
+    with _client() as client:
+        key = client.create_key(name, scopes=scope or ["read", "submit"], owner=owner)
+        _print(as_json, key, lambda: out.print(str(key["secret"]), highlight=False))
+
+
+@keys_app.command("revoke")
+def keys_revoke(key: str) -> None:
+    """A revoked key stops working at once."""
+    with _client() as client:
+        client.revoke_key(key)
+
+
+_EXITS: tuple[tuple[type[TenfoldError], int], ...] = (
+    (JobFailed, 1),
+    (Rejected, 3),
+    (NotAuthenticated, 4),
+    (NotAllowed, 4),
+    (ConnectionFailed, 5),
+    (APIError, 6),
+    (WaitTimeout, 7),
+)
+
+
+def main() -> None:
+    """Entry point: errors become one line on stderr and an exit code."""
+    try:
+        app()
+    except TenfoldError as e:
+        err.print(f"[bold red]tenfold:[/] {e}", highlight=False, soft_wrap=True)
+        sys.exit(next((code for kind, code in _EXITS if isinstance(e, kind)), 6))
