@@ -1,0 +1,105 @@
+"""An uploaded data file, whatever its format, as the three splits of the search."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from search.data.arrays import read_npz, read_safetensors
+from search.data.checks import checked, count_classes
+from search.data.raw import Array, Raw
+from search.data.split import Data, Split
+from search.data.splits import Part, three_parts
+from search.data.transform import Pipeline, pipeline
+from search.errors import BadData
+from search.spec import DataInfo, DataSpec, SplitSizes, Task, TensorInfo
+
+__all__ = ["read_data"]
+
+PARTS = ("train", "select", "verify")
+
+
+def read_data(path: Path, spec: DataSpec, *, scratch: Path) -> Data:
+    """Read ``path`` as ``spec`` declares. What has to be unpacked or decoded goes to files in ``scratch``, which must
+    live as long as the data.
+
+    Raises BadData with a stable code: the file cannot be read safely, or its content cannot be used.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        raw = checked(_read(path, spec, scratch), spec.task)
+    except MemoryError as error:
+        raise BadData(
+            "data_too_large", "reading the data ran out of memory; upload less, or give the worker more."
+        ) from error
+    parts = three_parts(raw, spec)
+    first = parts["train"][0].inputs
+    pipelines = {
+        name: pipeline(name, array, spec.transform, images=raw.images, only=len(first) == 1)
+        for name, array in first.items()
+    }
+    splits = {name: _split(parts[name], pipelines, spec.task) for name in PARTS}
+    return Data(**splits, info=_info(raw, spec, splits, pipelines), task=spec.task)
+
+
+def _read(path: Path, spec: DataSpec, scratch: Path) -> Raw:
+    if path.stat().st_size == 0:
+        raise BadData("not_a_data_file", "the file is empty; upload it again.")
+    format = _sniffed(path) if spec.format == "auto" else spec.format
+    readers: dict[str, Callable[[Path, Mapping[str, str], Path], Raw]] = {
+        "npz": read_npz,
+        "safetensors": read_safetensors,
+    }
+    return readers[format](path, spec.columns, scratch)
+
+
+def _sniffed(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:2] == b"PK":
+        return "npz"
+    if head[8:] == b"{":
+        return "safetensors"
+    raise BadData("not_a_data_file", "no data file")
+
+
+def _split(part: Part, pipelines: Mapping[str, Pipeline], task: Task) -> Split:
+    rows, chosen = part
+    kind = torch.int64 if task is Task.CLASSIFICATION else torch.float32
+    stored = tuple(rows.inputs[name] for name in pipelines)
+    return Split(stored, rows.target, chosen, tuple(pipelines.values()), kind)
+
+
+def _info(raw: Raw, spec: DataSpec, splits: Mapping[str, Split], pipelines: Mapping[str, Pipeline]) -> DataInfo:
+    inputs = tuple(
+        TensorInfo(name=name, dtype=_name(apply.dtype), shape=(None, *apply.shape)) for name, apply in pipelines.items()
+    )
+    stored = splits["train"].stored_target
+    target = None
+    if stored is not None:
+        target = TensorInfo(name="y", dtype=_name(splits["train"].target_dtype), shape=(None, *stored.shape[1:]))
+    return DataInfo(
+        format=raw.format,
+        task=spec.task,
+        inputs=inputs,
+        target=target,
+        classes=count_classes(raw) if spec.task is Task.CLASSIFICATION else None,
+        splits=SplitSizes(**{name: len(splits[name]) for name in PARTS}),
+        notes=(*raw.notes, *_advice(raw, spec, splits)),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _advice(raw: Raw, spec: DataSpec, splits: Mapping[str, Split]) -> list[str]:
+    notes = []
+    rows = len(splits["verify"])
+    if spec.task is Task.CLASSIFICATION and rows < 1000:
+        notes.append(f"verify has {rows} rows: one of them is {100 / rows:.2g} points of accuracy")
+    bytes_in: list[Array] = [array for array in splits["train"].stored if array.dtype == np.uint8]
+    if bytes_in and spec.transform.scale == 1.0 and not spec.transform.std:
+        notes.append("bytes are given to the network as 0 to 255 (scale 1): declare the scaling it was trained with")
+    return notes

@@ -1,0 +1,108 @@
+"""The data as the search uses it: three splits that yield transformed batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from search.data.raw import Array
+from search.data.transform import Pipeline
+from search.spec import DataInfo, Task
+
+__all__ = ["Batch", "Data", "Split"]
+
+Batch = tuple[tuple[Tensor, ...], Tensor | None]
+"""The network's inputs, each ``(batch, ...)``, and the targets ``(batch, ...)`` where there are any."""
+
+BLOCK = 1024
+"""Rows converted at a time when all targets are wanted."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of stored arrays (memory-mapped where possible) and how each input becomes a batch."""
+
+    stored: tuple[Array, ...]
+    stored_target: Array | None
+    rows: NDArray[np.int64] | None
+    """Which stored rows belong to this split; None means all."""
+    pipelines: tuple[Pipeline, ...]
+    target_dtype: torch.dtype
+    """int64 labels or float32 values."""
+
+    def __len__(self) -> int:
+        return len(self.stored[0]) if self.rows is None else len(self.rows)
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """The stored inputs, untransformed: mapped, or a copy where the split is part of an array."""
+        return self.stored if self.rows is None else tuple(array[self.rows] for array in self.stored)
+
+    @property
+    def targets(self) -> Tensor | None:
+        """``(rows, ...)`` in this split's order: int64 labels or float32 values."""
+        if self.stored_target is None:
+            return None
+        numbers = np.arange(len(self)) if self.rows is None else self.rows
+        return torch.cat([self._target(numbers[i : i + BLOCK]) for i in range(0, len(numbers), BLOCK)])
+
+    def batches(
+        self, batch_size: int, *, shuffle: int | None = None, augment: bool = False, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """Transformed batches; the last may be smaller. The same arguments give the same batches.
+
+        ``shuffle``: the seed of the order, and of the augmentation. ``limit``: at most that many rows, drawn by the
+        shuffle, or evenly spaced without one (files are often sorted by class).
+        """
+        numbers = self._order(shuffle, limit)
+        generator = torch.Generator().manual_seed(shuffle or 0) if augment else None
+        for start in range(0, len(numbers), batch_size):
+            chosen = numbers[start : start + batch_size]
+            inputs = tuple(
+                apply(array[chosen], generator) for array, apply in zip(self.stored, self.pipelines, strict=True)
+            )
+            yield inputs, None if self.stored_target is None else self._target(chosen)
+
+    def _order(self, shuffle: int | None, limit: int | None) -> NDArray[np.int64]:
+        count = len(self)
+        wanted = count if limit is None else min(limit, count)
+        if shuffle is not None:
+            order = np.random.default_rng(shuffle).permutation(count)[:wanted]
+        elif wanted < count:
+            order = np.linspace(0, count, wanted, endpoint=False).astype(np.int64)
+        else:
+            order = np.arange(count)
+        return order if self.rows is None else self.rows[order]
+
+    def _target(self, chosen: NDArray[np.int64]) -> Tensor:
+        assert self.stored_target is not None  # noqa: S101 -- callers ask first
+        wanted = np.int64 if self.target_dtype is torch.int64 else np.float32
+        return torch.from_numpy(self.stored_target[chosen].astype(wanted))
+
+
+@dataclass(frozen=True)
+class Data:
+    """``train`` to learn, ``select`` to choose, ``verify`` to check at the end (never used for choosing)."""
+
+    train: Split
+    select: Split
+    verify: Split
+    info: DataInfo
+    task: Task
+
+    def reordered(self, names: tuple[str, ...]) -> "Data":
+        """The same data with its inputs in the order of ``names``."""
+        places = [[known.name for known in self.info.inputs].index(name) for name in names]
+        split = {
+            part: replace(
+                getattr(self, part),
+                stored=tuple(getattr(self, part).stored[i] for i in places),
+                pipelines=tuple(getattr(self, part).pipelines[i] for i in places),
+            )
+            for part in ("train", "select", "verify")
+        }
+        info = self.info.model_copy(update={"inputs": tuple(self.info.inputs[i] for i in places)})
+        return Data(info=info, task=self.task, **split)
