@@ -1,0 +1,114 @@
+// One job, live.
+
+import { all, download, follow, get, post } from "./api.js";
+import { bestChart, COST, frontChart, layersChart } from "./charts.js";
+import { badge, clock, count, drop, duration, h, table, times, toast, value } from "./ui.js";
+
+const ENDED = ["done", "failed", "cancelled"];
+
+export async function jobPage(main, signal, id) {
+  const base = `/v1/jobs/${id}`;
+  const part = (title, ...content) => h("section", { class: "card" }, h("h2", {}, title), ...content);
+  const head = h("div");
+  const charts = { front: h("div", { class: "chart", role: "img", "aria-label": "Accuracy against cost; the table of trials has the same figures" }),
+    best: h("div", { class: "chart", role: "img", "aria-label": "Smallest cost within the budget over trials" }),
+    layers: h("div", { class: "chart", role: "img", "aria-label": "Parameters of each layer before and after; the table below has the same figures" }) };
+  const tables = { trials: h("div"), layers: h("div"), events: h("ul", { class: "events" }), files: h("div") };
+  const cost = h("select", { "aria-label": "Cost shown", style: "width:auto" }, Object.keys(COST).map((c) => h("option", { value: c }, c)));
+  main.replaceChildren(head,
+    h("div", { class: "grid" },
+      h("section", { class: "card" }, h("div", { class: "row spread" }, h("h2", {}, "Trade-off"), cost), charts.front),
+      part("Best so far", charts.best)),
+    part("Files", tables.files),
+    part("Layers, before and after", charts.layers, tables.layers),
+    part("Trials", tables.trials),
+    part("Events", tables.events));
+
+  let state = null;
+  const drawCharts = () => {
+    frontChart(charts.front, state.job, state.trials, state.front, cost.value);
+    bestChart(charts.best, state.job, state.trials, cost.value);
+  };
+  cost.addEventListener("change", () => state && drawCharts());
+
+  await follow(base, async (job) => {
+    const quiet = (promise, otherwise) => promise.catch(() => otherwise);
+    const [trials, front, layers, events, files] = await Promise.all([
+      quiet(all(`${base}/trials`), []), quiet(get(`${base}/front`), { points: [] }), quiet(get(`${base}/layers`), { layers: [] }),
+      quiet(all(`${base}/events`), []), quiet(all(`${base}/artifacts`), [])]);
+    if (signal.aborted) return;
+    if (!state) cost.value = job.spec.minimize[0];
+    state = { job, trials, front: front.points, layers: layers.layers };
+    drawHead(head, job, base);
+    drawCharts();
+    if (state.layers.length) layersChart(charts.layers, state.layers);
+    drawTables(tables, state, events, files, base);
+  }, signal);
+}
+
+function drawHead(head, job, base) {
+  const act = (action, body) => async (event) => {
+    event.target.disabled = true;
+    try { await post(`${base}/${action}`, body); toast(`Asked: ${action}.`); } catch (error) { toast(error.message); event.target.disabled = false; }
+  };
+  const buttons = [];
+  if (job.state === "paused") buttons.push(h("button", { onclick: act("resume") }, "Resume"));
+  else if (!ENDED.includes(job.state) && job.state !== "cancelling") buttons.push(h("button", { class: "quiet", onclick: act("pause") }, "Pause"));
+  if (!ENDED.includes(job.state)) buttons.push(h("button", { class: "danger", disabled: job.state === "cancelling", onclick: act("cancel") }, "Cancel"));
+  if (job.state === "done") buttons.push(h("button", { class: "quiet", onclick: act("extend", { trials: 10 }) }, "Ten more trials"));
+  const p = job.progress ?? {};
+  const done = job.state === "done" ? 1 : (p.trials_done ?? 0) / Math.max(1, p.trials_asked ?? 1);
+  const running = (p.running ?? []).map((r) => r.message).filter(Boolean).slice(0, 3).join(" · ");
+  const metric = job.baseline?.metric;
+  const figure = (label, big, small) => h("div", { class: "figure" }, h("span", {}, label), h("b", {}, big), h("span", {}, small));
+  const { baseline, best } = job;
+  const kept = best?.keeps_budget;
+  head.replaceChildren(
+    h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, job.name), badge(job.state)), h("div", { class: "row" }, buttons)),
+    h("div", { class: "bar", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-valuemin": "0", "aria-valuemax": "100" }, h("i", { style: `width:${100 * done}%` })),
+    h("p", { class: "muted" }, [`${p.trials_done ?? 0} of ${p.trials_asked ?? "–"} trials`, running, !ENDED.includes(job.state) && job.eta_seconds != null ? `about ${duration(job.eta_seconds)} left` : ""].filter(Boolean).join(" · ")),
+    job.reason ? h("div", { class: `notice ${job.state === "failed" ? "bad" : ""}`, role: "status" }, job.reason) : "",
+    h("div", { class: "figures" },
+      figure("Original", value(baseline?.value, metric), `${count(baseline?.costs.parameters)} parameters`),
+      figure("Best", value(best?.value, metric), best ? drop(best.drop, metric) : "nothing yet"),
+      figure("Checked on unseen data", best?.verify_drop != null ? drop(best.verify_drop, metric) : "–", kept == null ? "not yet" : kept ? "keeps the budget" : "does not keep the budget"),
+      figure("Parameters", times(baseline?.costs.parameters, best?.costs.parameters), count(best?.costs.parameters)),
+      figure("MACs", times(baseline?.costs.macs, best?.costs.macs), count(best?.costs.macs)),
+      figure("Latency, measured", times(best?.costs.dense_latency_ms, best?.costs.latency_ms), best?.costs.latency_ms != null ? `${best.costs.latency_ms.toFixed(2)} ms` : "–")));
+}
+
+function drawTables(tables, state, events, files, base) {
+  const metric = state.job.baseline?.metric;
+  const again = async (t) => { try { await post(`${base}/trials/${t.number}/export`); toast(`Trial ${t.number} will be exported.`); } catch (error) { toast(error.message); } };
+  const onFront = new Set(state.front.map((p) => p.trial));
+  tables.trials.replaceChildren(state.trials.length ? table([
+    { name: "#", num: true, show: (t) => String(t.number) },
+    { name: "Stage", num: true, show: (t) => String(t.stage) },
+    { name: "Rung", show: (t) => t.rung },
+    { name: "State", show: (t) => badge(t.state) },
+    { name: "Value", num: true, show: (t) => value(t.result?.value, metric) },
+    { name: "Change", num: true, show: (t) => drop(t.result?.drop, metric) },
+    { name: "Parameters", num: true, show: (t) => count(t.result?.costs.parameters) },
+    { name: "MACs", num: true, show: (t) => count(t.result?.costs.macs) },
+    { name: "Time", num: true, show: (t) => duration(t.result?.seconds) },
+    { name: "Front", show: (t) => (onFront.has(t.number) ? "●" : "") },
+    { name: "", show: (t) => (state.job.state === "done" && t.state === "done" ? h("button", { class: "quiet", onclick: () => again(t) }, "Export") : "") },
+  ], [...state.trials].reverse(), "Trials") : h("p", { class: "muted" }, "No trial yet."));
+  tables.layers.replaceChildren(state.layers.length ? table([
+    { name: "Layer", show: (l) => l.name },
+    { name: "Kind", show: (l) => l.kind },
+    { name: "Weight", show: (l) => l.weight.join("×") },
+    { name: "Becomes", show: (l) => (l.method ? `${l.method}, rank ${l.ranks.join("×")}` : l.compressible ? "unchanged" : `unchanged: ${l.reason}`) },
+    { name: "Parameters", num: true, show: (l) => count(l.parameters) },
+    { name: "after", num: true, show: (l) => count(l.parameters_after ?? l.parameters) },
+    { name: "MACs", num: true, show: (l) => count(l.macs) },
+    { name: "after", num: true, show: (l) => count(l.macs_after ?? l.macs) },
+  ], state.layers, "Layers") : h("p", { class: "muted" }, "Known once the model is inspected."));
+  tables.events.replaceChildren(...events.slice(-200).reverse().map((e) => h("li", {}, h("time", {}, clock(e.at)), e.message)));
+  tables.files.replaceChildren(files.length ? table([
+    { name: "File", show: (f) => h("button", { class: "quiet", onclick: () => download(f).catch((e) => toast(e.message)) }, f.filename) },
+    { name: "Trial", num: true, show: (f) => String(f.trial) },
+    { name: "Bytes", num: true, show: (f) => count(f.size) },
+    { name: "SHA-256", show: (f) => f.sha256.slice(0, 16) + "…" },
+  ], files, "Files") : h("p", { class: "muted" }, "Files are offered once they were loaded again in a clean process."));
+}
