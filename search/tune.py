@@ -1,0 +1,421 @@
+"""Fine-tuning of a compressed network by distillation from the original.
+
+A run is a pure function of its inputs and seed: the schedule and the order of the batches follow from the step's
+number, everything else is in the checkpoint, so that a run that was killed and resumed ends in the same weights.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from search import checkpoints
+from search.distill import Objective, objective, trivial_answer
+from search.latency import pause_while_measuring
+from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher_is_better
+from search.precision import Precision, choose
+from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
+
+__all__ = ["Runtime", "Tuned", "fine_tune", "learning_rate"]
+
+Report = Callable[[str, float, float], None]
+
+WARM_UP = 0.15
+"""Share of the steps over which the rate rises."""
+CLIP = 5.0
+"""Largest gradient norm."""
+SMOOTHING = 0.9
+"""Of the loss that is watched for divergence."""
+BLOW_UP = 2.0
+"""Diverged: the smoothed loss exceeds this many times the larger of its start and the trivial answer's loss."""
+EVALUATIONS = 40
+"""At most so many looks at the select split in a run (never more than one an epoch)."""
+
+
+class TrainingData(Protocol):
+    """What is asked of the data; ``search.data.Data`` is one."""
+
+    @property
+    def train(self) -> Samples: ...
+    @property
+    def select(self) -> Samples: ...
+    @property
+    def task(self) -> Task: ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how networks run in this process."""
+
+    device: str = "cpu"
+    fixed_batch: int | None = None
+    """The only batch size the network accepts; None: any."""
+    precision: Precision | None = None
+    """None: the quickest of those that this machine offers, by timing real steps."""
+    latency_lock: int | None = None
+    """Descriptor of the host-wide lock file, opened by this very process."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a run went. The module itself then holds the best weights by the select split."""
+
+    curve: tuple[EpochRecord, ...]
+    outcome: Outcome
+    epochs: float
+    precision: Precision
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _State:
+    """All that changes during a run, besides tensors."""
+
+    step: int = 0
+    rate_scale: float = 1.0
+    recoveries: int = 0
+    smoothed: float | None = None
+    ceiling: float | None = None
+    """Loss beyond which the run counts as diverged."""
+    best: tuple[float, float] = (-math.inf, -math.inf)
+    """(signed value, −loss) of the best evaluation."""
+    stale: int = 0
+    epoch_loss: float = 0.0
+    epoch_steps: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fine_tune(
+    module: nn.Module,
+    original: nn.Module,
+    data: TrainingData,
+    recipe: FineTune,
+    *,
+    epochs: float,
+    seed: int,
+    metric: Metric,
+    checkpoint: Path | None = None,
+    save: Path | None = None,
+    saved: Callable[[Path], None] | None = None,
+    save_every_s: float = 60.0,
+    report: Report | None = None,
+    runtime: Runtime | None = None,
+    reference: Tensor | None = None,
+    patience: int | None = None,
+) -> Tuned:
+    """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
+
+    ``epochs`` may be a fraction. ``checkpoint``: a file that an earlier run of the same arguments saved; one of other
+    arguments is not used. ``save``: where to keep this run's own, every ``save_every_s`` seconds; ``saved`` is
+    told each time. ``reference``: the original's ``metrics.outputs`` on the select split, for the metrics that
+    compare with it. ``patience``: stop after so many evaluations in a row without a better one.
+
+    Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
+    and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
+    """
+    run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference)
+    if run.total == 0:
+        return Tuned((), Outcome.OK, 0.0, Precision.FLOAT32)
+    notes = run.prepare(checkpoint)
+    try:
+        outcome = run.loop(report, save, saved, save_every_s, patience)
+    finally:
+        run.tidy()
+    curve = tuple(EpochRecord(**record) for record in run.state.curve)
+    return Tuned(curve, outcome, run.state.step / run.per_epoch, run.precision, notes)
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """One cycle: linear from a tenth of the peak over the first 15 % of the steps, then a cosine to a hundredth."""
+    warm = max(1, round(WARM_UP * total))
+    if step < warm:
+        return peak * (0.1 + 0.9 * (step + 1) / warm)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (total - warm + 1))))
+
+
+class _Training:
+    def __init__(
+        self,
+        module: nn.Module,
+        original: nn.Module,
+        data: TrainingData,
+        recipe: FineTune,
+        epochs: float,
+        seed: int,
+        metric: Metric,
+        runtime: Runtime,
+        reference: Tensor | None,
+    ) -> None:
+        self.module, self.original, self.data, self.recipe = module, original, data, recipe
+        self.seed, self.metric, self.runtime, self.reference = seed, metric, runtime, reference
+        self.epochs = epochs
+        size = len(data.train)
+        self.batch = runtime.fixed_batch or min(recipe.batch_size, size)
+        self.per_epoch = max(1, size // self.batch)
+        self.total = max(1, round(epochs * self.per_epoch)) if epochs > 0 else 0
+        self.evaluate_every = max(self.per_epoch, math.ceil(self.total / EVALUATIONS))
+        self.state = _State()
+        self.precision = Precision.FLOAT32
+
+    # ------------------------------------------------------------------------------------------------ beginning
+
+    def prepare(self, checkpoint: Path | None) -> tuple[str, ...]:
+        torch.manual_seed(self.seed)
+        self.module.to(self.runtime.device)
+        self.original.to(self.runtime.device).eval()
+        self.optimizer = _optimizer(self.module, self.recipe)
+        inputs, _ = self._to_device(next(self._stream(0)))
+        with torch.no_grad():
+            teacher = forward(self.original, inputs, self.runtime.fixed_batch).float()
+        self.loss_of: Objective = objective(
+            self.data.task, self.metric, self.recipe, max(float(teacher.var(correction=0)), 1e-12)
+        )
+        stored = self._stored(checkpoint)
+        if stored is None:
+            self._begin(inputs)
+        else:
+            self._resume(*stored)
+        self.precision.prepare(self.module)
+        self.precision.prepare(self.original)
+        if checkpoint is not None and stored is None:
+            return ("the checkpoint belonged to another run: training began anew",)
+        return ()
+
+    def _begin(self, inputs: tuple[Tensor, ...]) -> None:
+        self.precision = self.runtime.precision or choose(
+            lambda m, xs: forward(m, xs, self.runtime.fixed_batch), self.module, self.original, inputs, self.total
+        )
+        torch.manual_seed(self.seed)
+        self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
+        self.best = _copy(self.module.state_dict())
+        start = self._evaluate()
+        if start.finite:
+            self.state.best = self._rank(start)
+
+    def _stored(self, checkpoint: Path | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        if checkpoint is None:
+            return None
+        groups, facts = checkpoints.read(checkpoint)
+        return (groups, facts) if facts.get("fingerprint") == self._fingerprint() else None
+
+    def _resume(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        self.precision = Precision(facts["precision"])
+        self.state = _State(**{**facts["state"], "best": tuple(facts["state"]["best"])})
+        self.module.load_state_dict(groups["model"])
+        checkpoints.restore_optimizer(self.optimizer, groups.get("optimizer", {}))
+        self.best = {k: v.to(self.runtime.device) for k, v in groups["best"].items()}
+        self.average = {k: v.to(self.runtime.device) for k, v in groups.get("average", {}).items()}
+        torch.set_rng_state(groups["random"]["cpu"])
+        if "cuda" in groups["random"]:
+            torch.cuda.set_rng_state(groups["random"]["cuda"])
+
+    def _fingerprint(self) -> str:
+        """Of what must be equal for a checkpoint to be this run's own."""
+        shapes = [(name, list(t.shape)) for name, t in self.module.state_dict().items()]
+        what = [shapes, self.recipe.model_dump(mode="json"), self.seed, self.total, self.batch, self.metric]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def loop(
+        self,
+        report: Report | None,
+        save: Path | None,
+        saved: Callable[[Path], None] | None,
+        save_every_s: float,
+        patience: int | None,
+    ) -> Outcome:
+        state = self.state
+        clock = _Clock(self.total, state.step)
+        last_save = time.monotonic()
+        batches = self._stream(state.step)
+        while state.step < self.total:
+            pause_while_measuring(self.runtime.latency_lock)
+            if not self._step(self._to_device(next(batches))):
+                if state.recoveries > 0:
+                    self.module.load_state_dict(self.best)
+                    return Outcome.DIVERGED
+                self._recover()
+            state.step += 1
+            if state.step % self.evaluate_every == 0 or state.step == self.total:
+                self._look()
+                if patience is not None and state.stale >= patience:
+                    break
+            if report is not None and clock.due():
+                done = state.step / self.per_epoch
+                report(f"fine-tuning, epoch {done:.1f} of {self.epochs:g}, {clock.left(state.step)}", done, self.epochs)
+            if save is not None and state.step < self.total and time.monotonic() - last_save >= save_every_s:
+                self._save(save)
+                last_save = time.monotonic()
+                if saved is not None:
+                    saved(save)
+        self.module.load_state_dict(self.best)
+        return Outcome.OK
+
+    def _step(self, batch: Batch) -> bool:
+        """One update; False when it showed divergence (the weights are then not changed)."""
+        inputs, labels = batch
+        inputs = tuple(self.precision.arrange(x) for x in inputs)
+        rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.recipe.learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        with self.precision.autocast(inputs):
+            with torch.no_grad():
+                teacher = forward(self.original, inputs, self.runtime.fixed_batch).float()
+            answer = forward(self.module, inputs, self.runtime.fixed_batch).float()
+        loss = self.loss_of(answer, teacher, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        value = float(loss.detach())
+        if not (math.isfinite(value) and bool(torch.isfinite(norm))) or self._blown_up(value, teacher, labels):
+            return False
+        self.optimizer.step()
+        self._update_average()
+        self.state.epoch_loss += value
+        self.state.epoch_steps += 1
+        return True
+
+    def _blown_up(self, loss: float, teacher: Tensor, labels: Tensor | None) -> bool:
+        state = self.state
+        state.smoothed = loss if state.smoothed is None else SMOOTHING * state.smoothed + (1 - SMOOTHING) * loss
+        if state.ceiling is None:
+            trivial = self.loss_of(trivial_answer(self.data.task, self.metric, teacher), teacher, labels)
+            state.ceiling = BLOW_UP * max(loss, float(trivial))
+        return state.smoothed > state.ceiling
+
+    def _recover(self) -> None:
+        self.module.load_state_dict(self.best)
+        self.average = _copy(self.best) if self.recipe.ema else {}
+        self.optimizer = _optimizer(self.module, self.recipe)
+        self.state.recoveries += 1
+        self.state.rate_scale *= 0.25
+        self.state.smoothed = None
+
+    def _update_average(self) -> None:
+        if not self.recipe.ema:
+            return
+        decay = min(self.recipe.ema, (1 + self.state.step) / (10 + self.state.step))
+        for name, tensor in self.module.state_dict().items():
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:
+                self.average[name].copy_(tensor)
+
+    def _look(self) -> None:
+        """Evaluate on the select split, note it, and keep the weights if they are the best yet."""
+        state = self.state
+        trained = _copy(self.module.state_dict()) if self.recipe.ema else None
+        if trained is not None:
+            self.module.load_state_dict(self.average)
+        seen = self._evaluate()
+        state.stale += 1
+        if seen.finite and self._rank(seen) > state.best:
+            state.best, state.stale = self._rank(seen), 0
+            self.best = _copy(self.module.state_dict())
+        if trained is not None:
+            self.module.load_state_dict(trained)
+        record = EpochRecord(
+            epoch=state.step / self.per_epoch,
+            loss=state.epoch_loss / max(state.epoch_steps, 1),
+            value=seen.value if seen.finite else None,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+        )
+        state.curve.append(record.model_dump())
+        state.epoch_loss, state.epoch_steps = 0.0, 0
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self.module,
+            self.data.select,
+            self.metric,
+            original=self.reference if self.reference is not None else self.original,
+            device=self.runtime.device,
+            fixed_batch=self.runtime.fixed_batch,
+        )
+
+    def _rank(self, seen: Evaluation) -> tuple[float, float]:
+        return (seen.value if higher_is_better(self.metric) else -seen.value, -seen.loss)
+
+    # ------------------------------------------------------------------------------------------------ in and out
+
+    def _stream(self, start: int) -> Iterator[Batch]:
+        epoch, skip = divmod(start, self.per_epoch)
+        while True:
+            order = (self.seed * 1_000_003 + epoch) % 2**31
+            for index, batch in enumerate(self.data.train.batches(self.batch, shuffle=order, augment=True)):
+                if index >= self.per_epoch:
+                    break  # the incomplete last batch: its statistics would be another's
+                if index >= skip:
+                    yield batch
+            epoch, skip = epoch + 1, 0
+
+    def _to_device(self, batch: Batch) -> Batch:
+        inputs, labels = batch
+        device = self.runtime.device
+        return tuple(x.to(device) for x in inputs), None if labels is None else labels.to(device)
+
+    def _save(self, path: Path) -> None:
+        random = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.startswith("cuda"):
+            random["cuda"] = torch.cuda.get_rng_state()
+        groups = {
+            "model": self.module.state_dict(),
+            "best": self.best,
+            "average": self.average,
+            "optimizer": checkpoints.optimizer_state(self.optimizer),
+            "random": random,
+        }
+        facts = {"fingerprint": self._fingerprint(), "precision": self.precision, "state": vars(self.state)}
+        checkpoints.write(path, groups, facts)
+
+    def tidy(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for network in (self.module, self.original):
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            network.eval()
+
+
+class _Clock:
+    """Decides when progress is worth telling, and how long the rest takes at the pace so far."""
+
+    def __init__(self, total: int, start: int) -> None:
+        self.total, self.start = total, start
+        self.began = time.monotonic()
+        self.told = self.began
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self.told < 0.25:
+            return False
+        self.told = now
+        return True
+
+    def left(self, step: int) -> str:
+        pace = (time.monotonic() - self.began) / (step - self.start)
+        return f"{pace * (self.total - step):.0f} s left"
+
+
+def _optimizer(module: nn.Module, recipe: FineTune) -> torch.optim.Optimizer:
+    """Biases and norms (one axis) are not decayed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
