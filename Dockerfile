@@ -20,10 +20,10 @@ STOPSIGNAL SIGTERM
 FROM base AS api
 RUN pip install --constraint constraints.txt ./client '.[api]'
 USER tenfold
-EXPOSE 8080
+EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=5 \
-  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
-CMD ["tenfold-server", "api", "--host", "0.0.0.0", "--port", "8080"]
+  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+CMD ["tenfold-server", "api", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM base AS worker
 # libseccomp2: the jail's system-call filter. TORCH_PIP_ARGS chooses another build of torch, such as a CPU-only index.

@@ -8,6 +8,7 @@ process without Tenfold, and stops everything.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,13 +40,7 @@ def service(folder: Path, workers: int) -> Iterator[tuple[str, str]]:
         [*command, "--workers", str(workers)], stdout=log, stderr=log, env=environment, start_new_session=True
     )
     try:
-        ready, key = folder / "data" / "server.json", folder / "data" / "admin.key"
-        deadline = time.monotonic() + 60
-        while not ready.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the service did not start:\n{(folder / 'server.log').read_text()}")
-            time.sleep(0.1)
-        yield json.loads(ready.read_text())["url"], key.read_text().strip()
+        yield _greeting(process, folder / "server.log")
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -53,6 +48,18 @@ def service(folder: Path, workers: int) -> Iterator[tuple[str, str]]:
         except subprocess.TimeoutExpired:
             process.kill()
         log.close()
+
+
+def _greeting(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
+    """The address and the key that the service prints once it is up."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        text = log.read_text()
+        url, key = re.search(r"Tenfold is up: (\S+)", text), re.search(r"admin key.*: (tf_\S+)", text)
+        if url and key:
+            return url[1], key[1]
+        time.sleep(0.1)
+    sys.exit(f"the service did not start:\n{log.read_text()}")
 
 
 def accuracy(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:

@@ -24,13 +24,13 @@ class Transport:
     """Talks to one service with one key.
 
     Args:
-        base_url: address of the service; None reads ``TENFOLD_URL``, then ``http://127.0.0.1:8080``.
+        base_url: address of the service; None reads ``TENFOLD_URL``, then ``http://127.0.0.1:8000``.
         api_key: None reads ``TENFOLD_API_KEY``.
         retries: how often a failed connection, 429, 502, 503 or 504 is tried again, with jittered back-off.
     """
 
     def __init__(self, base_url: str | None, api_key: str | None, *, retries: int = 5) -> None:
-        self.base_url = (base_url or os.environ.get("TENFOLD_URL") or "http://127.0.0.1:8080").rstrip("/")
+        self.base_url = (base_url or os.environ.get("TENFOLD_URL") or "http://127.0.0.1:8000").rstrip("/")
         key = api_key or os.environ.get("TENFOLD_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Proxies from the environment still apply: a custom transport alone would switch them off for every host.

@@ -21,7 +21,7 @@ class Client:
     """One service, one key.
 
     Args:
-        base_url: address of the service; None reads ``TENFOLD_URL``, then ``http://127.0.0.1:8080``.
+        base_url: address of the service; None reads ``TENFOLD_URL``, then ``http://127.0.0.1:8000``.
         api_key: None reads ``TENFOLD_API_KEY``.
         retries: how often a lost connection or a busy service is tried again.
 
