@@ -1,0 +1,242 @@
+"""The worker's side of a child process: start it, talk to it in JSON lines, watch it, and end it.
+
+What the child says is not trusted: lines have a longest length, files are named inside its scratch folder and opened
+without following links, and what it returns is checked against the vocabulary by the caller.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+__all__ = ["Broken", "Child", "Crashed", "Failed", "Stopped"]
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+LONGEST_LINE = 64 * 2**20
+KEPT_VARIABLES = (
+    "PATH LANG LANGUAGE TZ OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES "
+    "CUDA_HOME NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF "
+    "VIRTUAL_ENV COVERAGE_PROCESS_START"
+).split()
+"""What a child may know of this process's environment. Everything else may be a secret."""
+
+
+class Broken(Exception):
+    """The child did not answer. The process is gone when this is raised."""
+
+
+class Failed(Exception):
+    """The child says that the work cannot be done, with a stable code and advice; trying again would not mend it."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Crashed(Broken):
+    """The child died, or failed in a way that nobody foresaw: one attempt is lost."""
+
+
+class Stopped(Broken):
+    """The child was ended because ``stop`` said so: cancelled, the lease lost, the worker shutting down."""
+
+
+class Child:
+    """One child process. Not thread safe, except ``kill``."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        scratch: Path,
+        *,
+        memory_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.scratch = scratch
+        self.memory_bytes = memory_bytes
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=scratch,
+            env=_environment(scratch) | dict(environment or {}),
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        threading.Thread(target=self._read, args=(self._process.stdout,), name="child-lines", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ready(self, *, stop: Callable[[], bool] = lambda: False, timeout_s: float = 120) -> dict[str, bool]:
+        """Wait until it has started. Returns the layers of the jail that hold it. Raises ``Failed``, ``Broken``."""
+        layers = self._answer("ready", {}, stop, timeout_s, "starting")
+        return {str(k): bool(v) for k, v in dict(layers).items()}
+
+    def call(
+        self,
+        operation: str,
+        arguments: Mapping[str, Any],
+        *,
+        on: Mapping[str, Callable[[Any], None]] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Have the child do one thing and return its result.
+
+        ``on``: what to do with messages on the way (``progress``, ``checkpoint``). ``stop`` is asked five times a
+        second. Raises ``Failed`` (the child lives on), or ``Crashed`` and ``Stopped`` (it does not).
+        """
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"op": operation, "arguments": arguments}) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._crashed() from None
+        return self._answer("result", on or {}, stop, timeout_s, operation)
+
+    def kill(self) -> None:
+        """End it at once, with whatever it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        except PermissionError:  # macOS: the group holds only a zombie
+            self._process.kill()
+
+    def close(self) -> None:
+        """Close its pipe, which ends it; kill it if it does not."""
+        if self._process.stdin is not None:
+            try:
+                self._process.stdin.close()
+            except OSError:
+                pass
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+
+    def _read(self, stream: IO[str]) -> None:
+        try:
+            while line := stream.readline(LONGEST_LINE):
+                self._lines.put(line)
+        except (OSError, ValueError):
+            pass
+        stream.close()
+        self._lines.put(None)
+
+    def _answer(
+        self,
+        wanted: str,
+        on: Mapping[str, Callable[[Any], None]],
+        stop: Callable[[], bool],
+        timeout_s: float | None,
+        what: str,
+    ) -> Any:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            message = self._next()
+            if message is not None:
+                if wanted in message:
+                    return message[wanted]
+                self._event(message, on)
+            if stop():
+                self.kill()
+                self.close()
+                raise Stopped(what)
+            if deadline is not None and time.monotonic() > deadline:
+                self.kill()
+                self.close()
+                raise Failed("time_limit", f"{what} took longer than {timeout_s:.0f} s and was stopped")
+            self._check_memory(what)
+
+    def _event(self, message: Mapping[str, Any], on: Mapping[str, Callable[[Any], None]]) -> None:
+        if "error" in message:
+            raise Failed(str(message["error"]["code"])[:64], str(message["error"]["message"])[:4000])
+        if "crash" in message:
+            self.kill()
+            self.close()
+            raise Crashed(f"the computation failed unexpectedly ({message['crash']}); the worker's log has the details")
+        for kind, handle in on.items():
+            if kind in message:
+                handle(message[kind])
+
+    def _next(self) -> dict[str, Any] | None:
+        """The next message, or None when there is none yet."""
+        try:
+            line = self._lines.get(timeout=TICK_S)
+        except queue.Empty:
+            return None
+        if line is None:
+            raise self._crashed()
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            self.kill()
+            self.close()
+            raise Crashed("the compute process answered with something that is not a message")
+        return message
+
+    def _crashed(self) -> Crashed:
+        self.kill()
+        self.close()
+        return Crashed(f"the compute process ended unexpectedly ({_how(self._process.returncode)})")
+
+    def _check_memory(self, what: str) -> None:
+        if self.memory_bytes is None:
+            return
+        try:
+            used = psutil.Process(self.pid).memory_info().rss
+        except psutil.Error:
+            return
+        if used > self.memory_bytes:
+            self.kill()
+            self.close()
+            raise Failed(
+                "out_of_memory",
+                f"{what} used {used / 2**20:.0f} MiB of the {self.memory_bytes / 2**20:.0f} MiB allowed: lower "
+                "batch_size or calibration_samples, or raise TENFOLD_MEMORY_LIMIT on the worker",
+            )
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "still running"
+    return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k in KEPT_VARIABLES or k.startswith("LC_")}
+    temporary = scratch / "tmp"
+    temporary.mkdir(exist_ok=True)
+    return kept | {
+        "HOME": str(scratch),
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
