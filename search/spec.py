@@ -60,7 +60,7 @@ __all__ = [
 class Value(BaseModel):
     """A frozen value that refuses unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 # ------------------------------------------------------------------------------------------------ what a user asks
@@ -101,6 +101,10 @@ class Cost(StrEnum):
     MACS = "macs"
     BYTES = "bytes"
     LATENCY = "latency"
+
+
+METHOD_NAMES = ("svd", "svd_input", "spatial_svd", "tucker2")
+"""What ``JobSpec.methods`` may name: the keys of ``search.decompose.METHODS``, known here without torch."""
 
 
 class ExportFormat(StrEnum):
