@@ -241,6 +241,8 @@ class SearchSpec(Value):
     space: Space = Space.GUIDED
     stages: Annotated[int, Field(ge=1, le=8)] = 1
     """MUSCO-style iterations: each starts from the best fine-tuned network of the one before."""
+    checks: Annotated[int, Field(ge=1, le=100)] = 3
+    """Refined candidates that may fail the final check before the job gives up; extending a job adds to it."""
     seed: int = 0
     calibration_samples: Annotated[int, Field(ge=8)] = 1024
 
