@@ -1,0 +1,193 @@
+"""The files of one compressed network. Each loads without Tenfold, and none tells where it was made."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnx
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from search import report
+from search.metrics import Samples, forward
+from search.spec import ExportFormat, Metric, Plan, TensorInfo
+from tenfold.applying import apply
+
+__all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx", "write_pt2"]
+
+CHECK_ROWS = 2048
+CHECK_BYTES = 16 << 20
+"""Of the inputs in check.npz, whichever limit comes first."""
+CHECK_BATCH = 32
+
+
+class Signature(Protocol):
+    """How the network is called; ``search.intake.LiftedModel`` is one."""
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def batch(self) -> Literal["any"] | int: ...
+    def example(self, batch: int) -> tuple[Tensor, ...]: ...
+
+
+def export_all(
+    module: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    lifted: Signature,
+    out: Path,
+    formats: Sequence[ExportFormat],
+    facts: Mapping[str, Any],
+) -> list[Path]:
+    """Write the asked formats of ``module`` (which is ``original`` after ``plan``) into ``out``.
+
+    ``model.pt2``, ``model.onnx``, ``model.safetensors`` with ``plan.json``, ``report.json`` with ``report.html``.
+    ``facts`` are the report's; it lists the other files with their SHA-256, so it is written last.
+    Raises RuntimeError when the weights and the plan do not give the network back.
+    """
+    module.eval()
+    files: list[Path] = []
+    if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
+        program = _program(module, lifted)
+        if ExportFormat.PT2 in formats:
+            files.append(write_pt2(program, out / "model.pt2"))
+        if ExportFormat.ONNX in formats:
+            files.append(write_onnx(program, [i.name for i in lifted.inputs], out / "model.onnx"))
+    if ExportFormat.SAFETENSORS in formats:
+        files += _write_weights(module, original, plan, lifted, out)
+    if ExportFormat.REPORT in formats:
+        files += report.write({**facts, "files": [describe(f) for f in files]}, out)
+    return files
+
+
+def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
+    """All tensors of ``module`` by name, with the plan in the header. Tied tensors are stored under each name."""
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in module.state_dict().items()}
+    save_file(tensors, str(path), metadata={"format": "pt", "plan": json.dumps(plan_json(plan))})
+    return path
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What ``tenfold.apply`` takes: ``{site: {"method", "ranks", "options"}}``."""
+    return {site: chosen.model_dump(mode="json") for site, chosen in sorted(plan.items())}
+
+
+def write_pt2(program: ExportedProgram, path: Path) -> Path:
+    torch.export.save(program, path)
+    return path
+
+
+def write_onnx(program: ExportedProgram, names: Sequence[str], path: Path) -> Path:
+    """One ONNX file at the exporter's own opset, without the stack traces that it puts beside every node."""
+    outputs = [f"output_{i}" if i else "output" for i in range(len(program.graph_signature.user_outputs))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter uses what torch itself has deprecated
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            external_data=False,
+            input_names=list(names),
+            output_names=outputs,
+            verbose=False,
+        )
+    model = onnx.load(path)
+    _strip(model.graph)
+    for function in model.functions:
+        _strip(function)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    return path
+
+
+def write_check(
+    module: nn.Module,
+    samples: Samples,
+    metric: Metric,
+    path: Path,
+    *,
+    reference: nn.Module | None = None,
+    fixed_batch: int | None = None,
+) -> Path:
+    """Inputs, expected answers and labels (or the ``reference`` network's answers) for ``search/reload.py``."""
+    batch = fixed_batch or CHECK_BATCH
+    inputs: list[tuple[Tensor, ...]] = []
+    targets, expected, wanted = [], [], []
+    first = next(iter(samples.batches(1)))[0]
+    row_bytes = sum(x.numel() * x.element_size() for x in first)
+    limit = max(1, min(len(samples), CHECK_ROWS, CHECK_BYTES // row_bytes))
+    module.eval()
+    with torch.no_grad():
+        for xs, target in samples.batches(batch, limit=limit):
+            inputs.append(xs)
+            expected.append(forward(module, xs, fixed_batch).float())
+            if reference is not None:
+                wanted.append(forward(reference, xs, fixed_batch).float())
+            elif target is not None:
+                targets.append(target)
+    arrays = {f"input_{i}": torch.cat([xs[i] for xs in inputs]).numpy() for i in range(len(first))}
+    arrays["expected"] = torch.cat(expected).numpy()
+    if reference is not None:
+        arrays["reference"] = torch.cat(wanted).numpy()
+    else:
+        arrays["targets"] = torch.cat(targets).numpy()
+    facts = {"metric": metric.value, "inputs": len(first), "batch": batch}
+    np.savez(path, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"filename": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _program(module: nn.Module, lifted: Signature) -> ExportedProgram:
+    """The exported graph, its batch free where the network's is; nothing in it of this machine."""
+    if lifted.batch == "any":
+        shapes = tuple({0: Dim.DYNAMIC} for _ in lifted.inputs)
+        program = torch.export.export(module, lifted.example(2), dynamic_shapes=shapes)
+    else:
+        program = torch.export.export(module, lifted.example(lifted.batch))
+    program._example_inputs = None
+    for graph in program.graph_module.modules():
+        for node in getattr(graph, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: Signature, out: Path) -> list[Path]:
+    weights = save_weights(module, plan, out / "model.safetensors")
+    recipe = out / "plan.json"
+    recipe.write_text(json.dumps(plan_json(plan), indent=1) + "\n", encoding="utf-8")
+    again = apply(original, json.loads(recipe.read_text(encoding="utf-8")), load_file(weights)).eval()
+    example = lifted.example(2 if lifted.batch == "any" else lifted.batch)
+    with torch.no_grad():
+        gap = float((forward(again, example) - forward(module, example)).abs().max())
+    if not gap <= 1e-4:
+        raise RuntimeError(f"model.safetensors and plan.json give a network whose answers differ by {gap}")
+    return [weights, recipe]
+
+
+def _strip(graph: Any) -> None:
+    """Drop traces and notes of a graph, its nodes and the graphs inside them."""
+    del graph.metadata_props[:]
+    graph.doc_string = ""
+    for value in (*getattr(graph, "input", ()), *getattr(graph, "output", ()), *getattr(graph, "value_info", ())):
+        if hasattr(value, "metadata_props"):
+            del value.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _strip(attribute.g)
