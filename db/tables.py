@@ -1,14 +1,28 @@
 """Every table. The SQL database is the only truth: messages carry ids, files are blobs, the search keeps nothing.
 
-Times are UTC seconds (float) by the database's own clock. JSON columns hold ``search.spec`` values, dumped in JSON mode.
+Times are UTC seconds (float) by the database's clock. JSON columns hold ``search.spec`` values, dumped in JSON mode:
+plain JSON on PostgreSQL too, since JSONB forgets the order of keys and the search must read back what it wrote.
 """
 
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, LargeBinary, MetaData, String, Text, UniqueConstraint
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from search.spec import Rung, TrialState
 
 __all__ = [
     "Artifact",
@@ -32,7 +46,12 @@ __all__ = [
     "Worker",
 ]
 
-Json = JSON().with_variant(JSONB(), "postgresql")
+Json = JSON(none_as_null=True)
+
+
+def _states(members: type[StrEnum]) -> Enum:
+    """A state as its lower-case value in a plain string column: new members need no migration."""
+    return Enum(members, native_enum=False, length=16, values_callable=lambda e: [m.value for m in e])
 
 
 class Base(DeclarativeBase):
@@ -124,12 +143,18 @@ class Blob(Base):
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     sha256: Mapped[str | None] = mapped_column(String(64), unique=True)
     """None while it is being written; unique after, which is what deduplicates."""
-    size: Mapped[int]
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes; 0 while it is being written."""
+    outside: Mapped[bool] = mapped_column(default=False)
+    """Kept in the outside store, whatever ``TENFOLD_BLOB_URL`` says today."""
     created_at: Mapped[float]
+    touched_at: Mapped[float]
+    """Moved on while it is written and whenever equal content arrives; garbage collection looks at this."""
 
 
 class Chunk(Base):
-    """Kept in a second file on SQLite (``blobs.sqlite``, attached as schema ``blobs``)."""
+    """One piece of a blob. On SQLite this table lives alone in a second file beside the first, so that long uploads do
+    not hold up claims and heartbeats, and the copies made before a migration stay small."""
 
     __tablename__ = "chunks"
     blob_id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -156,7 +181,7 @@ class Model(Base):
     """``auto``, ``pt2``, ``safetensors``, ``state_dict``."""
     architecture: Mapped[dict[str, Any] | None]
     """{"name": …, "options": {…}} for weights without a graph."""
-    state: Mapped[AssetState] = mapped_column(String(16))
+    state: Mapped[AssetState] = mapped_column(_states(AssetState))
     reason_code: Mapped[str | None] = mapped_column(String(64))
     reason: Mapped[str | None] = mapped_column(Text)
     info: Mapped[dict[str, Any] | None]
@@ -172,7 +197,7 @@ class Dataset(Base):
     blob_id: Mapped[str] = mapped_column(ForeignKey("blobs.id"), index=True)
     spec: Mapped[dict[str, Any]]
     """``DataSpec``."""
-    state: Mapped[AssetState] = mapped_column(String(16))
+    state: Mapped[AssetState] = mapped_column(_states(AssetState))
     reason_code: Mapped[str | None] = mapped_column(String(64))
     reason: Mapped[str | None] = mapped_column(Text)
     info: Mapped[dict[str, Any] | None]
@@ -189,19 +214,26 @@ class Job(Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
     spec: Mapped[dict[str, Any]]
     """``JobSpec``."""
-    state: Mapped[JobState] = mapped_column(String(16), index=True)
-    resume_to: Mapped[JobState | None] = mapped_column(String(16))
+    state: Mapped[JobState] = mapped_column(_states(JobState), index=True)
+    resume_to: Mapped[JobState | None] = mapped_column(_states(JobState))
     """The state that ``resume`` returns to."""
     stage: Mapped[int] = mapped_column(default=0)
     reason_code: Mapped[str | None] = mapped_column(String(64))
     reason: Mapped[str | None] = mapped_column(Text)
     best: Mapped[int | None]
-    """Number of the trial handed back."""
+    """Number of the smallest trial so far that keeps the budget; of the one handed back when done."""
     version: Mapped[int] = mapped_column(default=0)
-    """Counts every change; advancing commits only on the version it read, and ETags are made of it."""
+    """Counts every change of the job, its trials and its artifacts; advancing commits only on the version it read.
+    Which trial runs just now and how far it is does not count: that would make every advance start again."""
+    queue: Mapped[str] = mapped_column(String(32), default="cpu")
+    """Device class that runs all its tasks: latencies compare only within one."""
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
+    active_since: Mapped[float | None]
+    """Start of the present stretch of work; None while queued, paused or terminal."""
+    spent_seconds: Mapped[float] = mapped_column(default=0.0)
+    """Length of the stretches of work before the present one: what ``search.hours`` is compared with."""
 
 
 class ProfileRow(Base):
@@ -223,9 +255,9 @@ class Trial(Base):
     parent: Mapped[int | None]
     params: Mapped[dict[str, Any]]
     plan: Mapped[dict[str, Any]]
-    state: Mapped[str] = mapped_column(String(16))
-    """``search.spec.TrialState``."""
-    rung: Mapped[str] = mapped_column(String(16))
+    state: Mapped[TrialState] = mapped_column(_states(TrialState))
+    rung: Mapped[Rung] = mapped_column(_states(Rung))
+    """The rung it is at (queued, running) or reached (done)."""
     results: Mapped[dict[str, Any]]
     """Rung to ``TrialResult``."""
     weights_blob: Mapped[str | None] = mapped_column(ForeignKey("blobs.id"), index=True)
@@ -240,7 +272,7 @@ class Task(Base):
 
     __tablename__ = "tasks"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    kind: Mapped[TaskKind] = mapped_column(String(16))
+    kind: Mapped[TaskKind] = mapped_column(_states(TaskKind))
     owner: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
@@ -250,20 +282,23 @@ class Task(Base):
     """The ``search.spec`` work value (``ProfileWork``, ``TrialWork``, …); {} for inspections."""
     queue: Mapped[str] = mapped_column(String(32), default="cpu")
     """Device class that may run it."""
-    state: Mapped[TaskState] = mapped_column(String(16))
+    state: Mapped[TaskState] = mapped_column(_states(TaskState))
     attempt: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int] = mapped_column(default=3)
     worker: Mapped[str | None] = mapped_column(String(64))
     lease_until: Mapped[float | None]
     progress: Mapped[dict[str, Any] | None]
     """{"message": …, "done": n, "of": m}"""
-    checkpoint_blob: Mapped[str | None] = mapped_column(ForeignKey("blobs.id"))
+    checkpoint_blob: Mapped[str | None] = mapped_column(ForeignKey("blobs.id"), index=True)
     error_code: Mapped[str | None] = mapped_column(String(64))
     error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
-    __table_args__ = (Index("ix_tasks_state_queue_created_at", "state", "queue", "created_at"),)
+    __table_args__ = (
+        Index("ix_tasks_state_queue_created_at", "state", "queue", "created_at"),
+        Index("ix_tasks_owner_started_at", "owner", "started_at"),
+    )
 
 
 class Artifact(Base):
@@ -287,7 +322,8 @@ class Event(Base):
     """What happened to a job, in order, in sentences for people."""
 
     __tablename__ = "events"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    """Rises within a job in commit order: events are added only while the job's row is locked."""
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     at: Mapped[float]
     kind: Mapped[str] = mapped_column(String(32))
