@@ -1,16 +1,20 @@
 """An uploaded data file, whatever its format, as the three splits of the search."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
+from search.data.archives import is_tar, list_files
 from search.data.arrays import read_npz, read_safetensors
 from search.data.checks import checked, count_classes
+from search.data.folders import read_folders
 from search.data.raw import Array, Raw
 from search.data.split import Data, Split
 from search.data.splits import Part, three_parts
+from search.data.tables import read_parquet
 from search.data.transform import Pipeline, pipeline
 from search.errors import BadData
 from search.spec import DataInfo, DataSpec, SplitSizes, Task, TensorInfo
@@ -46,22 +50,36 @@ def read_data(path: Path, spec: DataSpec, *, scratch: Path) -> Data:
 def _read(path: Path, spec: DataSpec, scratch: Path) -> Raw:
     if path.stat().st_size == 0:
         raise BadData("not_a_data_file", "the file is empty; upload it again.")
-    format = _sniffed(path) if spec.format == "auto" else spec.format
-    readers: dict[str, Callable[[Path, Mapping[str, str], Path], Raw]] = {
-        "npz": read_npz,
-        "safetensors": read_safetensors,
-    }
-    return readers[format](path, spec.columns, scratch)
+    match _sniffed(path) if spec.format == "auto" else spec.format:
+        case "npz":
+            return read_npz(path, spec.columns, scratch)
+        case "safetensors":
+            return read_safetensors(path, spec.columns, scratch)
+        case "parquet":
+            return read_parquet(path, spec, scratch)
+        case "images":
+            return read_folders(path, spec, scratch)
+    raise BadData(
+        "not_a_data_file",
+        "the file is none of .npz, .safetensors, .parquet, or a zip or tar of image folders or Parquet shards; "
+        "convert it, numpy.savez is the shortest way.",
+    )
 
 
-def _sniffed(path: Path) -> str:
+def _sniffed(path: Path) -> str | None:
+    """The format by content; the name is the uploader's word only."""
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:2] == b"PK":
-        return "npz"
+    if head[:4] == b"PAR1":
+        return "parquet"
     if head[8:] == b"{":
         return "safetensors"
-    raise BadData("not_a_data_file", "no data file")
+    if not zipfile.is_zipfile(path) and not is_tar(path):
+        return None
+    endings = {PurePosixPath(name).suffix.lower() for name in list_files(path)}
+    if ".parquet" in endings:
+        return "parquet"
+    return "npz" if endings == {".npy"} else "images"
 
 
 def _split(part: Part, pipelines: Mapping[str, Pipeline], task: Task) -> Split:

@@ -1,0 +1,132 @@
+"""The files of an uploaded zip or tar, read in place: nothing is extracted by name, so a path can do no harm, and
+what is declared is bounded before it is read.
+"""
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from search.errors import BadData
+
+__all__ = ["is_tar", "list_files", "read_files"]
+
+MAX_FILES = 5_000_000
+MAX_FILE_BYTES = 2 << 30
+"""Of one member (a Parquet shard; images are far below)."""
+MAX_RATIO, RATIO_ALLOWANCE = 100, 1 << 30
+"""Unpacked bytes: at most so many times the upload, plus the allowance. Images and Parquet hardly compress."""
+MAX_NAME = 1024
+NOISE = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+Keep = Callable[[str], bool]
+
+
+def is_tar(path: Path) -> bool:
+    """Whether ``path`` is a tar, plain or compressed, judged by its first header only."""
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            return archive.next() is not None
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError):
+        return False
+
+
+def list_files(path: Path) -> list[str]:
+    """Names of the regular files that are not noise, in the archive's order.
+
+    Raises BadData for absolute or climbing names, duplicates, encryption, and declared sizes beyond the bounds.
+    """
+    names: list[str] = []
+    seen: set[str] = set()
+    total, most = 0, path.stat().st_size * MAX_RATIO + RATIO_ALLOWANCE
+    with _damage(path):
+        for name, size in _members(path):
+            total += size
+            if size > MAX_FILE_BYTES or total > most or len(names) > MAX_FILES:
+                raise BadData(
+                    "archive_too_large",
+                    f"the archive unpacks to more than is allowed ({total} bytes at {name[:80]!r} from "
+                    f"{path.stat().st_size}); split it, or store the images without packing them twice.",
+                )
+            if _clean(name, seen):
+                names.append(name)
+    return names
+
+
+def read_files(path: Path, keep: Keep) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the files that ``keep`` wants, in the archive's order, one in memory at a time."""
+    with _damage(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    if not member.is_dir() and keep(member.filename):
+                        with archive.open(member) as stream:
+                            yield member.filename, _bounded(stream, member.file_size)
+        else:
+            for entry, stream in _tar_members(path):
+                if keep(entry.name):
+                    yield entry.name, _bounded(stream, entry.size)
+
+
+def _members(path: Path) -> Iterator[tuple[str, int]]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.flag_bits & 1:
+                    raise BadData("unsafe_archive", f"{member.filename[:80]!r} is encrypted; pack it without password.")
+                if not member.is_dir():
+                    yield member.filename, member.file_size
+    else:
+        for entry, _ in _tar_members(path):
+            yield entry.name, entry.size
+
+
+def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """Regular files, in one forward pass; links and devices are passed over."""
+    with tarfile.open(path, "r|*") as archive:
+        while (entry := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+            stream = archive.extractfile(entry) if entry.isreg() else None
+            if stream is not None:
+                yield entry, stream
+
+
+def _bounded(stream: IO[bytes], size: int) -> bytes:
+    content = stream.read(size + 1)
+    if len(content) != size:
+        raise EOFError(f"{len(content)} bytes where {size} were declared")
+    return content
+
+
+def _clean(name: str, seen: set[str]) -> bool:
+    """Whether a file counts; raises BadData when its name is none that an honest archive holds."""
+    path = PurePosixPath(name)
+    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or len(name) > MAX_NAME:
+        raise BadData(
+            "unsafe_archive", f"the archive holds a file named {name[:80]!r}; pack it with plain relative names."
+        )
+    if name in seen:
+        raise BadData("unsafe_archive", f"the archive holds {name[:80]!r} twice; pack it again.")
+    seen.add(name)
+    return not any(part in NOISE or part.startswith("._") for part in path.parts)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise BadData("not_a_data_file", f"the archive is damaged ({error}); pack and upload it again.") from error
