@@ -1,0 +1,110 @@
+"""The real thing: a pretrained CIFAR-10 ResNet through the running service, as a user would send it.
+
+    python -m benchmarks.service --network resnet20 --weights ../shared/weights/resnet20_cifar10.safetensors
+
+Starts ``tenfold-server up`` in a scratch folder, exports the network with the SDK, uploads it and CIFAR-10 over REST,
+waits, and writes the job's report, trials, front and wall times to ``--json``. The budget is judged by the service on the
+test images, which no choice has seen; 5,000 training images are held out for choosing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from search.intake.architectures import build
+
+import tenfold
+from benchmarks.datasets import prepare
+from examples.demo import service
+from tenfold.progress import before_and_after, watch
+
+TRANSFORM = {
+    "scale": 1 / 255,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "layout": "nhwc",
+    "augment": "crop_flip",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=("resnet20", "resnet32"), default="resnet20")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=None, help="default: CIFAR-10, fetched once")
+    parser.add_argument("--max-drop", type=float, default=0.005)
+    parser.add_argument("--minimize", nargs="+", default=["parameters"])
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--short-epochs", type=float, default=1)
+    parser.add_argument("--epochs", type=float, default=10)
+    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--workers", type=int, default=1, help="each trains with all cores divided by this")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/service.json"))
+    parser.add_argument("--out", type=Path, default=None, help="keep the downloaded files here")
+    arguments = parser.parse_args()
+    result = run(arguments)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    console = Console(highlight=False)
+    data = arguments.data or prepare("cifar10")
+    net = build(f"{arguments.network}_cifar10")
+    net.load_state_dict(load_file(arguments.weights))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tenfold-benchmark-") as scratch:
+        folder = Path(scratch)
+        tenfold.export(net.eval(), torch.zeros(2, 3, 32, 32), folder / f"{arguments.network}.pt2")
+        with service(folder, arguments.workers) as (url, key), tenfold.Client(url, key) as client:
+            recipe = {"epochs": arguments.epochs, "short_epochs": arguments.short_epochs}
+            if arguments.learning_rate:
+                recipe["learning_rate"] = arguments.learning_rate
+            job = client.submit(
+                folder / f"{arguments.network}.pt2",
+                data,
+                max_drop=arguments.max_drop,
+                minimize=arguments.minimize,
+                data_spec={"transform": TRANSFORM},
+                search={"trials": arguments.trials, "parallel": arguments.workers, "stages": arguments.stages},
+                fine_tune=recipe,
+            )
+            watch(job, console=console)
+            job.download(folder / "out")
+            if arguments.out:
+                shutil.copytree(folder / "out", arguments.out, dirs_exist_ok=True)
+            if job["best"]:
+                console.print(before_and_after(job["baseline"], job["best"]))
+            epochs = sum(r["epochs"] for t in job.trials() for r in t["results"].values())
+            return {
+                "command": "python -m benchmarks.service "
+                f"--network {arguments.network} --max-drop {arguments.max_drop} --trials {arguments.trials} "
+                f"--stages {arguments.stages} --short-epochs {arguments.short_epochs} --epochs {arguments.epochs} "
+                f"--workers {arguments.workers} --minimize {' '.join(arguments.minimize)}",
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+                "wall_seconds": round(time.monotonic() - began),
+                "epochs_trained": epochs,
+                "job": job.data,
+                "front": job.front,
+                "trials": job.trials(),
+                "report": _report(folder / "out" / "report.json"),
+            }
+
+
+def _report(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == "__main__":
+    main()
