@@ -1,0 +1,256 @@
+"""What every decomposition offers, and the least-squares problem that all of them solve.
+
+One layer is, per group, ``y = W x`` with ``x`` the (im2col) input of ``n = in * taps`` entries ordered channel by
+channel, taps inside. Minimising the *output* error under second moments ``C = E[x x^T]`` (of the compressed network's
+own input) and ``D = E[y x^T]`` (with the original's output) splits by completing the square::
+
+    E||M (y - V x)||^2  =  floor + ||M (B - V) C^1/2||_F^2        B = (D + ridge W)(C + ridge I)^-1
+
+so every method approximates ``B`` by a structured ``V`` in the norm of ``C``, with rows weighed by ``M``. Without
+statistics C = I, D = W and this is the plain weight error.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from search.calibrate import Statistics
+from search.spec import CurvePoint
+from tenfold.layers import FactorizedLayer
+
+__all__ = [
+    "CONVS",
+    "Conv",
+    "Fit",
+    "Method",
+    "Problem",
+    "bias_parameters",
+    "conv_reason",
+    "fill",
+    "geometry",
+    "input_positions",
+    "problems",
+    "ranks_between",
+    "relative",
+    "sizes_along",
+    "thin",
+]
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MAX_POINTS = 60
+RIDGE = 1e-6
+"""Relative to the mean diagonal of C: enough for float64, far below the noise of a calibration set."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A factorized layer and its relative output error E||M(y - y^)||^2 / E||M(y - Ey)||^2 on the statistics."""
+
+    module: FactorizedLayer
+    error: float
+
+
+class Method(Protocol):
+    """One decomposition. Ranks are per group; ``output_positions``: how often the kernel is applied to one sample."""
+
+    @property
+    def name(self) -> str: ...
+
+    def applies_to(self, layer: nn.Module) -> str | None:
+        """None when the layer can be decomposed, else the reason why not."""
+
+    def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        """The lattice of ranks worth trying, all strictly cheaper in parameters than the dense layer."""
+
+    def cost(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        output_positions: int,
+        *,
+        input_sizes: Sequence[int] | None = None,
+    ) -> tuple[int, int]:
+        """``(parameters, macs of one sample)`` of the factorized layer.
+
+        ``input_sizes``: spatial sizes of the layer's input; without them the MACs of links that come before the
+        stride are estimated from the strides (exact for the usual padding of half a kernel).
+        """
+
+    def factorize(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        statistics: Statistics | None = None,
+        *,
+        metric: Tensor | None = None,
+    ) -> Fit:
+        """The best factorized layer of these ranks. ``metric``: (out,) weight of each output's squared error."""
+
+    def curve(
+        self,
+        layer: nn.Module,
+        statistics: Statistics | None,
+        output_positions: int,
+        *,
+        metric: Tensor | None = None,
+    ) -> tuple[CurvePoint, ...]:
+        """Error against cost, cheapest first, at most 60 points, none dominated, none as dear as the dense layer."""
+
+
+@dataclass
+class Problem:
+    """One group's weighted least squares, in float64. ``m``: rows' weights (square roots of the metric)."""
+
+    target: Tensor
+    """B: (out, in * taps)."""
+    moments: Tensor
+    """C with its ridge: (in * taps, in * taps)."""
+    rows: Tensor
+    """M's diagonal: (out,)."""
+    floor: float
+    """What no linear map of this input can explain: E||M(y - B x)||^2."""
+    energy: float
+    """E||M(y - E y)||^2."""
+
+    @property
+    def weighed(self) -> Tensor:
+        return self.rows[:, None] * self.target
+
+    def error(self, weight: Tensor) -> float:
+        """E||M(y - V x)||^2 of a candidate ``V``: (out, in * taps)."""
+        gap = self.rows[:, None] * (self.target - weight)
+        return self.floor + float(((gap @ self.moments) * gap).sum())
+
+
+def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | None = None) -> list[Problem]:
+    """The layer's least-squares problems, one for each group."""
+    groups, weight = geometry(layer)
+    weight = weight.detach().to(torch.float64)
+    out = weight.shape[1]
+    rows = torch.ones(groups, out, dtype=torch.float64)
+    if metric is not None:
+        rows = metric.detach().to("cpu", torch.float64).clamp_min(0).sqrt().reshape(groups, out)
+        # A row of weight zero would leave its outputs undetermined.
+        rows = rows.clamp_min(1e-3 * float(rows.max().clamp_min(1e-30)))
+    solved = []
+    for g in range(groups):
+        w, m = weight[g].cpu(), rows[g]
+        if statistics is None:
+            energy = float((m[:, None] * w).square().sum())
+            eye = torch.eye(w.shape[1], dtype=torch.float64)
+            solved.append(Problem(w, eye, m, 0.0, max(energy, 1e-30)))
+            continue
+        c, d = statistics.second[g], statistics.cross[g]
+        scale = float(c.diagonal().mean())
+        ridge = RIDGE * scale if scale > 0 else 1.0
+        c = c + ridge * torch.eye(len(c), dtype=c.dtype)
+        d = d + ridge * w
+        b = torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
+        energy = float((m.square() * statistics.energy[g]).sum())
+        explained = float((m.square()[:, None] * b * d).sum())
+        solved.append(Problem(b, c, m, max(energy - explained, 0.0), max(energy, 1e-30)))
+    return solved
+
+
+def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
+    """Groups' absolute errors as one relative error."""
+    return sum(errors) / sum(p.energy for p in parts)
+
+
+def geometry(layer: nn.Module) -> tuple[int, Tensor]:
+    """``(groups, weight as (groups, out / groups, in / groups * taps))``."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups = int(layer.groups) if isinstance(layer, CONVS) else 1
+    return groups, weight.flatten(1).unflatten(0, (groups, -1))
+
+
+def conv_reason(layer: nn.Module) -> str | None:
+    """Why a layer is not a convolution that the channel methods can take, or None."""
+    if not isinstance(layer, CONVS):
+        return f"{type(layer).__name__} is not a convolution"
+    if min(layer.in_channels, layer.out_channels) // layer.groups < 2:
+        return f"depthwise: {layer.groups} groups of {layer.in_channels} input channels leave no channels to combine"
+    return None
+
+
+def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedLayer:
+    """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias."""
+    with torch.no_grad():
+        for name, value in links.items():
+            weight = new.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(value.reshape(weight.shape))
+        if isinstance(layer.bias, Tensor):
+            new.last.bias.copy_(layer.bias)  # type: ignore[operator,union-attr]
+    new.train(layer.training)
+    return new
+
+
+def bias_parameters(layer: nn.Module) -> int:
+    return int(layer.bias.numel()) if isinstance(layer.bias, Tensor) else 0
+
+
+def ranks_between(low: int, high: int, count: int) -> list[int]:
+    """At most ``count`` integers of [low, high], denser at the low end, where a step means most."""
+    if high < low:
+        return []
+    if high - low + 1 <= count:
+        return list(range(low, high + 1))
+    grid = torch.linspace(0, 1, count, dtype=torch.float64) ** 1.5
+    return sorted({low + round(float(t) * (high - low)) for t in grid})
+
+
+def thin(points: Sequence[CurvePoint], dense: tuple[int, int]) -> tuple[CurvePoint, ...]:
+    """What is worth offering, cheapest first, at most 60 points.
+
+    A point as dear as the dense layer (in parameters or MACs) never is. A point is worth it when nothing cheaper is as
+    good, counting parameters, MACs, or both relative to the dense layer.
+    """
+    cheaper = [p for p in points if p.parameters < dense[0] and p.macs < dense[1]]
+    costs: tuple[Callable[[CurvePoint], float], ...] = (
+        lambda p: p.parameters,
+        lambda p: p.macs,
+        lambda p: p.parameters / dense[0] + p.macs / dense[1],
+    )
+    kept: dict[tuple[int, ...], CurvePoint] = {}
+    for cost in costs:
+        best = math.inf
+        for p in sorted(cheaper, key=lambda p: (cost(p), p.error)):
+            if p.error < best:
+                best = p.error
+                kept[p.ranks] = p
+    ordered = sorted(kept.values(), key=lambda p: (p.parameters, p.macs))
+    if len(ordered) > MAX_POINTS:
+        ordered = [ordered[i * (len(ordered) - 1) // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
+    return tuple(ordered)
+
+
+def sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Spatial output sizes of a convolution for spatial ``input_sizes``."""
+    assert isinstance(layer, CONVS)
+    if isinstance(layer.padding, str):
+        before = after = [0] * len(layer.kernel_size)
+        if layer.padding == "same":
+            both = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            before, after = [b // 2 for b in both], [b - b // 2 for b in both]
+    else:
+        before = after = list(layer.padding)
+    return tuple(
+        (n + b + a - d * (k - 1) - 1) // s + 1
+        for n, b, a, d, k, s in zip(
+            input_sizes, before, after, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    )
+
+
+def input_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
+    """How often a pointwise link before the kernel is applied; without the input's sizes, as the strides say."""
+    if not isinstance(layer, CONVS):
+        return output_positions
+    return output_positions * math.prod(layer.stride) if input_sizes is None else math.prod(input_sizes)

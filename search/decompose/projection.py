@@ -1,0 +1,132 @@
+"""The shared solver: project the input of each tap to ``r`` channels, then map the projected taps to the outputs.
+
+Split the input ``x`` (n = A * T entries, A outer) into T taps ``x_t`` of A entries. A first factor ``P`` (r, A) shared by
+all taps and a second ``Q`` (out, r, T) give ``V x = sum_t Q_t P x_t``. This is
+
+* ``svd_input`` and ``tucker2`` with A = input channels, T = kernel positions (Tucker-2 then cuts Q's output rank);
+* ``spatial_svd`` with A = (input channels, rows), T = columns.
+
+Given P the best Q is a linear regression and the best Q of output rank ``s`` a reduced-rank regression, nested in s (one
+eigendecomposition for all). Given Q the best P solves the normal equations ``sum_tu Q_t'M^2 Q_u P C_ut = sum_t Q_t' M^2 D_t``, by
+conjugate gradients. P starts from the leading subspace of B in the whitened coordinates of one tap, nested in r.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from search.decompose.base import Problem
+
+__all__ = ["Nested", "project", "refine", "solve"]
+
+ITERATIONS = 12
+"""Conjugate-gradient steps of one sweep over P."""
+
+
+@dataclass
+class Nested:
+    """Q for a given P with all its output ranks: ``last[:, :s] @ core[:s]`` is the best Q of rank ``s``."""
+
+    last: Tensor
+    """(out, min(out, r T)), rows already freed of the metric."""
+    core: Tensor
+    """(min(out, r T), r * T)."""
+    gains: Tensor
+    """Explained error of each output rank, descending; their sum is what the whole Q explains."""
+    base: float
+    """Error of V = 0 without the floor: ||M B C^1/2||^2."""
+
+    def error(self, rank: int) -> float:
+        """||M (B - V) C^1/2||^2 at output rank ``rank``."""
+        return max(self.base - float(self.gains[:rank].sum()), 0.0)
+
+    def weight(self, rank: int) -> Tensor:
+        return self.last[:, :rank] @ self.core[:rank]
+
+
+def project(problem: Problem, taps: int) -> Tensor:
+    """All input projections at once: (A, A), row by row in falling importance; the first r rows are P of rank r."""
+    n = problem.moments.shape[0]
+    a = n // taps
+    blocks = problem.moments.reshape(a, taps, a, taps).diagonal(dim1=1, dim2=3)
+    values, vectors = torch.linalg.eigh(blocks.mean(-1))
+    values = values.clamp_min(float(values.max()) * 1e-12 + 1e-300)
+    root = (vectors * values.sqrt()) @ vectors.T
+    unroot = (vectors / values.sqrt()) @ vectors.T
+    unfolded = problem.weighed.reshape(-1, a, taps).permute(1, 0, 2).reshape(a, -1)
+    leading = torch.linalg.eigh(root @ (unfolded @ unfolded.T) @ root).eigenvectors.flip(-1)
+    return leading.T @ unroot
+
+
+def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
+    """The best second factor for a given ``p`` (r, A), all output ranks from one eigendecomposition."""
+    r, a = p.shape
+    moments = problem.moments.reshape(a, taps, a, taps)
+    half = torch.einsum("ri,itju->rtju", p, moments)
+    c = torch.einsum("rtju,sj->rtsu", half, p).reshape(r * taps, r * taps)
+    d = problem.weighed @ half.reshape(r * taps, a * taps).T
+    c = c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype)
+    b = torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
+    values, vectors = torch.linalg.eigh(b @ d.T)
+    keep = min(b.shape)
+    values, vectors = values.flip(0)[:keep].clamp_min(0), vectors.flip(1)[:, :keep]
+    base = float(((problem.weighed @ problem.moments) * problem.weighed).sum())
+    return Nested(vectors / problem.rows[:, None], vectors.T @ b, values, base)
+
+
+def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
+    """A better ``p`` for a given ``q`` (out, r * taps): conjugate gradients on its normal equations, from ``p``."""
+    r, a = p.shape
+    moments = problem.moments.reshape(a, taps, a, taps)
+    weighed = (problem.rows[:, None] * q).reshape(-1, r, taps)
+    gram = torch.einsum("ort,osu->rtsu", weighed, weighed)
+    cross = (problem.weighed @ problem.moments).reshape(-1, a, taps)
+    right = torch.einsum("ort,oat->ra", weighed, cross)
+    mixing = gram.permute(0, 1, 3, 2).reshape(r * taps * taps, r)
+    spread = moments.permute(3, 1, 0, 2).reshape(taps * taps * a, a)
+
+    def apply(x: Tensor) -> Tensor:
+        return (mixing @ x).reshape(r, taps * taps * a) @ spread
+
+    left = _inverse(torch.einsum("rtst->rs", gram))
+    center = _inverse(moments.diagonal(dim1=1, dim2=3).mean(-1))
+    x, residual = p, right - apply(p)
+    z = left @ residual @ center
+    direction, rho = z, float((residual * z).sum())
+    for _ in range(ITERATIONS):
+        if rho <= 0:
+            break
+        image = apply(direction)
+        curvature = float((direction * image).sum())
+        if curvature <= 0:
+            break
+        step = rho / curvature
+        x, residual = x + step * direction, residual - step * image
+        z = left @ residual @ center
+        rho, previous = float((residual * z).sum()), rho
+        direction = z + (rho / previous) * direction
+    return x
+
+
+def alternate(problem: Problem, p: Tensor, taps: int, out_rank: int | None, sweeps: int) -> tuple[Tensor, Nested]:
+    """``sweeps`` rounds of Q for P, P for Q; never worse than the start."""
+    nested = solve(problem, p, taps)
+    rank = len(nested.gains) if out_rank is None else min(out_rank, len(nested.gains))
+    for _ in range(sweeps):
+        better = refine(problem, p, nested.weight(rank), taps)
+        # An orthonormal basis of the same row space: keeps C_P well conditioned and changes nothing else.
+        better = torch.linalg.qr(better.T).Q.T
+        found = solve(problem, better, taps)
+        if found.error(rank) >= nested.error(rank):
+            break
+        gain = nested.error(rank) - found.error(rank)
+        p, nested = better, found
+        if gain < 1e-4 * (nested.error(rank) + 1e-300):
+            break
+    return p, nested
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    jitter = 1e-6 * matrix.diagonal().mean().clamp_min(1e-300)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype)))

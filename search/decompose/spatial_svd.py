@@ -1,0 +1,114 @@
+"""``spatial_svd`` (Jaderberg et al. 2014): a k x 1 then a 1 x k convolution; the matrix ``(in * rows) x (out * columns)``.
+
+The plain one is a singular value decomposition. In the norm of C the two factors are found by alternating least
+squares from a whitened start: see ``projection`` with one tap for each column.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from search.calibrate import Statistics
+from search.decompose.base import (
+    Fit,
+    bias_parameters,
+    conv_reason,
+    fill,
+    geometry,
+    problems,
+    ranks_between,
+    relative,
+    sizes_along,
+    thin,
+)
+from search.decompose.projection import alternate, project, solve
+from search.spec import CurvePoint
+from tenfold.layers import factorized_like
+
+__all__ = ["SpatialSVD"]
+
+SWEEPS = 8
+
+
+class SpatialSVD:
+    name = "spatial_svd"
+
+    def applies_to(self, layer: nn.Module) -> str | None:
+        if not isinstance(layer, nn.Conv2d):
+            return f"spatial_svd replaces Conv2d, not {type(layer).__name__}"
+        if min(layer.kernel_size) == 1:
+            return f"a kernel of {layer.kernel_size} has nothing to separate"
+        return conv_reason(layer) or (None if self.ranks(layer) else "no rank makes it smaller")
+
+    def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        rows, columns, c_in, c_out = _sizes(layer)
+        dense, step = c_in * c_out * rows * columns, c_in * rows + c_out * columns
+        return tuple((r,) for r in ranks_between(1, min((dense - 1) // step, c_in * rows, c_out * columns), 40))
+
+    def cost(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        output_positions: int,
+        *,
+        input_sizes: Sequence[int] | None = None,
+    ) -> tuple[int, int]:
+        assert isinstance(layer, nn.Conv2d)
+        rows, columns, c_in, c_out = _sizes(layer)
+        first, last = (layer.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
+        # The first link strides along rows only, so it is applied at more positions than the last.
+        middle = output_positions * layer.stride[1]
+        if input_sizes is not None:
+            middle = sizes_along(layer, input_sizes)[0] * input_sizes[1]
+        return first + last + bias_parameters(layer), first * middle + last * output_positions
+
+    def factorize(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        statistics: Statistics | None = None,
+        *,
+        metric: Tensor | None = None,
+    ) -> Fit:
+        rows, columns, c_in, c_out = _sizes(layer)
+        r = ranks[0]
+        parts = problems(layer, statistics, metric)
+        firsts, lasts, errors = [], [], []
+        for part in parts:
+            p, nested = alternate(part, project(part, columns)[:r], columns, None, SWEEPS)
+            full = len(nested.gains)
+            firsts.append(p.reshape(r, c_in, rows))
+            lasts.append(nested.weight(full).reshape(c_out, r, columns))
+            errors.append(part.floor + nested.error(full))
+        new = fill(layer, factorized_like(layer, self.name, ranks), first=torch.cat(firsts), last=torch.cat(lasts))
+        return Fit(new, relative(parts, errors))
+
+    def curve(
+        self,
+        layer: nn.Module,
+        statistics: Statistics | None,
+        output_positions: int,
+        *,
+        metric: Tensor | None = None,
+    ) -> tuple[CurvePoint, ...]:
+        columns = _sizes(layer)[1]
+        parts = problems(layer, statistics, metric)
+        bases = [project(p, columns) for p in parts]
+        sizes = None if statistics is None else statistics.input_sizes
+        points = []
+        for ranks in self.ranks(layer):
+            errors = []
+            for part, basis in zip(parts, bases, strict=True):
+                nested = solve(part, basis[: ranks[0]], columns)
+                errors.append(part.floor + nested.error(len(nested.gains)))
+            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
+        weight = geometry(layer)[1]
+        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
+    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
+    assert isinstance(layer, nn.Conv2d)
+    return (*layer.kernel_size, layer.in_channels // layer.groups, layer.out_channels // layer.groups)  # type: ignore[return-value]

@@ -1,0 +1,109 @@
+"""``svd``: the layer's matrix ``out x (in * taps)`` at rank r: k x k then 1 x 1; a Linear becomes two.
+
+Data-aware this is reduced-rank regression: with U the top-r eigenvectors of ``M B C B' M``, ``V = M^-1 U U' M B`` is the best
+matrix of rank r in the norm of C (Eckart-Young in whitened coordinates), all ranks from one eigendecomposition.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from search.calibrate import Statistics
+from search.decompose.base import (
+    CONVS,
+    Fit,
+    bias_parameters,
+    conv_reason,
+    fill,
+    geometry,
+    problems,
+    ranks_between,
+    relative,
+    thin,
+)
+from search.spec import CurvePoint
+from tenfold.layers import factorized_like
+
+__all__ = ["SVD"]
+
+
+class SVD:
+    name = "svd"
+
+    def applies_to(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Linear):
+            reason = None if min(layer.weight.shape) > 1 else "a Linear with one input or output has no rank to cut"
+        elif isinstance(layer, CONVS):
+            reason = conv_reason(layer)
+        else:
+            reason = f"svd replaces Linear and convolutions, not {type(layer).__name__}"
+        if reason is None and not self.ranks(layer):
+            reason = "no rank makes it smaller"
+        return reason
+
+    def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        _, weight = geometry(layer)
+        _, out, n = weight.shape
+        # r (out + n) < out n, strictly.
+        return tuple((r,) for r in ranks_between(1, min((out * n - 1) // (out + n), out, n), 60))
+
+    def cost(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        output_positions: int,
+        *,
+        input_sizes: Sequence[int] | None = None,
+    ) -> tuple[int, int]:
+        groups, weight = geometry(layer)
+        _, out, n = weight.shape
+        factors = groups * ranks[0] * (out + n)
+        return factors + bias_parameters(layer), factors * output_positions
+
+    def factorize(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        statistics: Statistics | None = None,
+        *,
+        metric: Tensor | None = None,
+    ) -> Fit:
+        r = ranks[0]
+        parts = problems(layer, statistics, metric)
+        lasts, firsts, errors = [], [], []
+        for part in parts:
+            values, vectors = _spectrum(part.weighed, part.moments)
+            u = vectors[:, :r]
+            last, first = u / part.rows[:, None], u.T @ part.weighed
+            # Equal norms on both sides of each channel: what gradient descent and low precision like.
+            scale = (last.norm(dim=0) / first.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+            lasts.append(last / scale)
+            firsts.append(first * scale[:, None])
+            errors.append(part.floor + float(values[r:].sum()))
+        new = fill(layer, factorized_like(layer, self.name, ranks), first=torch.cat(firsts), last=torch.cat(lasts))
+        return Fit(new, relative(parts, errors))
+
+    def curve(
+        self,
+        layer: nn.Module,
+        statistics: Statistics | None,
+        output_positions: int,
+        *,
+        metric: Tensor | None = None,
+    ) -> tuple[CurvePoint, ...]:
+        parts = problems(layer, statistics, metric)
+        spectra = [_spectrum(p.weighed, p.moments)[0] for p in parts]
+        points = []
+        for ranks in self.ranks(layer):
+            parameters, macs = self.cost(layer, ranks, output_positions)
+            errors = [p.floor + float(v[ranks[0] :].sum()) for p, v in zip(parts, spectra, strict=True)]
+            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
+        groups, weight = geometry(layer)
+        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+
+
+def _spectrum(weighed: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending and not negative, and eigenvectors of ``M B C B' M``: (out,), (out, out)."""
+    values, vectors = torch.linalg.eigh(weighed @ moments @ weighed.T)
+    return values.flip(0).clamp_min(0), vectors.flip(1)

@@ -1,0 +1,199 @@
+"""``tucker2`` (Kim et al. 2016): 1 x 1 to r1 channels, k x k to r2, 1 x 1 back; and ``svd_input``, which keeps all outputs.
+
+The input factor P comes from the whitened input channels (HOSVD in the norm of C); for each r1 one regression gives the
+core with *all* output ranks nested; alternating least squares then refines P for the ranks that are really used.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from search.calibrate import Statistics
+from search.decompose.base import (
+    CONVS,
+    Fit,
+    bias_parameters,
+    conv_reason,
+    fill,
+    geometry,
+    input_positions,
+    problems,
+    ranks_between,
+    relative,
+    thin,
+)
+from search.decompose.projection import alternate, project, solve
+from search.spec import CurvePoint
+from tenfold.layers import factorized_like
+
+__all__ = ["SVDInput", "Tucker2"]
+
+SWEEPS = 8
+IN_RANKS = 24
+"""How many input ranks a curve solves for; output ranks come free with each."""
+
+
+class Tucker2:
+    name = "tucker2"
+
+    def applies_to(self, layer: nn.Module) -> str | None:
+        reason = conv_reason(layer)
+        if reason is None and _sizes(layer)[2] == 1:
+            reason = "a 1 x 1 kernel is a matrix already: svd does it with one link less"
+        return reason or (None if self.ranks(layer) else "no rank makes it smaller")
+
+    def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        c_out, c_in, taps = _sizes(layer)
+        dense = c_out * c_in * taps
+        lattice = []
+        for low in ranks_between(1, c_in, IN_RANKS):
+            # low c_in + low taps high + high c_out < dense, strictly.
+            most = (dense - 1 - low * c_in) // (low * taps + c_out)
+            lattice += [(low, high) for high in ranks_between(1, min(most, c_out, low * taps), 2 * IN_RANKS)]
+        return tuple(lattice)
+
+    def cost(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        output_positions: int,
+        *,
+        input_sizes: Sequence[int] | None = None,
+    ) -> tuple[int, int]:
+        c_out, c_in, taps = _sizes(layer)
+        groups = geometry(layer)[0]
+        low, high = ranks
+        first, rest = groups * low * c_in, groups * (low * taps * high + high * c_out)
+        macs = first * input_positions(layer, output_positions, input_sizes) + rest * output_positions
+        return first + rest + bias_parameters(layer), macs
+
+    def factorize(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        statistics: Statistics | None = None,
+        *,
+        metric: Tensor | None = None,
+    ) -> Fit:
+        c_out, c_in, taps = _sizes(layer)
+        low, high = ranks
+        parts = problems(layer, statistics, metric)
+        firsts, cores, lasts, errors = [], [], [], []
+        for part in parts:
+            p, nested = alternate(part, project(part, taps)[:low], taps, high, SWEEPS)
+            high_found = min(high, len(nested.gains))
+            core = torch.zeros(high, low * taps, dtype=p.dtype)
+            last = torch.zeros(c_out, high, dtype=p.dtype)
+            core[:high_found], last[:, :high_found] = nested.core[:high_found], nested.last[:, :high_found]
+            scale = (last.norm(dim=0) / core.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+            firsts.append(p)
+            cores.append((core * scale[:, None]).reshape(high, low, taps))
+            lasts.append(last / scale)
+            errors.append(part.floor + nested.error(high_found))
+        new = factorized_like(layer, self.name, ranks)
+        fill(layer, new, first=torch.cat(firsts), core=torch.cat(cores), last=torch.cat(lasts))
+        return Fit(new, relative(parts, errors))
+
+    def curve(
+        self,
+        layer: nn.Module,
+        statistics: Statistics | None,
+        output_positions: int,
+        *,
+        metric: Tensor | None = None,
+    ) -> tuple[CurvePoint, ...]:
+        taps = _sizes(layer)[2]
+        parts = problems(layer, statistics, metric)
+        bases = [project(p, taps) for p in parts]
+        sizes = None if statistics is None else statistics.input_sizes
+        solved: dict[int, list[list[float]]] = {}
+        points = []
+        for ranks in self.ranks(layer):
+            low, high = ranks
+            if low not in solved:
+                solved[low] = [
+                    [part.floor + nested.error(s) for s in range(len(nested.gains) + 1)]
+                    for part, basis in zip(parts, bases, strict=True)
+                    for nested in (solve(part, basis[:low], taps),)
+                ]
+            error = relative(parts, [e[min(high, len(e) - 1)] for e in solved[low]])
+            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=error))
+        weight = geometry(layer)[1]
+        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+
+
+class SVDInput:
+    """1 x 1 to r channels, then the k x k: Tucker-2 whose output rank is left full, one link less."""
+
+    name = "svd_input"
+
+    def applies_to(self, layer: nn.Module) -> str | None:
+        return Tucker2().applies_to(layer) or (None if self.ranks(layer) else "no rank makes it smaller")
+
+    def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        c_out, c_in, taps = _sizes(layer)
+        dense = c_out * c_in * taps
+        return tuple((r,) for r in ranks_between(1, min((dense - 1) // (c_in + taps * c_out), c_in), 40))
+
+    def cost(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        output_positions: int,
+        *,
+        input_sizes: Sequence[int] | None = None,
+    ) -> tuple[int, int]:
+        c_out, c_in, taps = _sizes(layer)
+        first, last = (geometry(layer)[0] * ranks[0] * size for size in (c_in, taps * c_out))
+        macs = first * input_positions(layer, output_positions, input_sizes) + last * output_positions
+        return first + last + bias_parameters(layer), macs
+
+    def factorize(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        statistics: Statistics | None = None,
+        *,
+        metric: Tensor | None = None,
+    ) -> Fit:
+        c_out, _, taps = _sizes(layer)
+        parts = problems(layer, statistics, metric)
+        firsts, lasts, errors = [], [], []
+        for part in parts:
+            p, nested = alternate(part, project(part, taps)[: ranks[0]], taps, None, SWEEPS)
+            full = len(nested.gains)
+            firsts.append(p)
+            lasts.append(nested.weight(full).reshape(c_out, ranks[0], taps))
+            errors.append(part.floor + nested.error(full))
+        new = fill(layer, factorized_like(layer, self.name, ranks), first=torch.cat(firsts), last=torch.cat(lasts))
+        return Fit(new, relative(parts, errors))
+
+    def curve(
+        self,
+        layer: nn.Module,
+        statistics: Statistics | None,
+        output_positions: int,
+        *,
+        metric: Tensor | None = None,
+    ) -> tuple[CurvePoint, ...]:
+        taps = _sizes(layer)[2]
+        parts = problems(layer, statistics, metric)
+        bases = [project(p, taps) for p in parts]
+        sizes = None if statistics is None else statistics.input_sizes
+        points = []
+        for ranks in self.ranks(layer):
+            found = [solve(part, basis[: ranks[0]], taps) for part, basis in zip(parts, bases, strict=True)]
+            errors = [part.floor + nested.error(len(nested.gains)) for part, nested in zip(parts, found, strict=True)]
+            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
+        weight = geometry(layer)[1]
+        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int, int]:
+    """``(out, in, taps)``, channels per group."""
+    assert isinstance(layer, CONVS)
+    groups, weight = geometry(layer)
+    return weight.shape[1], layer.in_channels // groups, weight.shape[2] // (layer.in_channels // groups)
