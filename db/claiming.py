@@ -60,11 +60,8 @@ def _claimable() -> ColumnElement[bool]:
 def _owners_by_need(s: Session, pool: Sequence[ColumnElement[bool]]) -> list[tuple[str, float]]:
     """Owners with waiting tasks, neediest first, each with the time since which it has not been served."""
     waiting = s.execute(select(Task.owner, func.min(Task.created_at)).where(*pool).group_by(Task.owner)).all()
-    running = dict(
-        s.execute(select(Task.owner, func.count()).where(Task.state == TaskState.RUNNING).group_by(Task.owner))
-        .tuples()
-        .all()
-    )
+    at_work = select(Task.owner, func.count()).where(Task.state == TaskState.RUNNING).group_by(Task.owner)
+    running = {owner: count for owner, count in s.execute(at_work)}  # noqa: C416  (dict() takes a Result for a mapping)
     needs = []
     for owner, oldest in waiting:
         served = s.scalar(select(func.max(Task.started_at)).where(Task.owner == owner)) or 0.0

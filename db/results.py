@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from db.assets import of_inspection
@@ -147,7 +147,7 @@ def _choose_best(s: Session, job: Job, trial: Trial) -> None:
     rivals: list[TrialRecord]
     if job.best == trial.number and not keeps_budget(record(trial), max_drop):
         # The best one lost its place at a higher rung: look at all the others again.
-        rivals = [record(row) for row in s.query(Trial).filter_by(job_id=job.id)]
+        rivals = [record(row) for row in s.scalars(select(Trial).where(Trial.job_id == job.id))]
     else:
         best = None if job.best is None else s.get(Trial, (job.id, job.best))
         rivals = [record(row) for row in (best, trial) if row is not None]

@@ -50,7 +50,7 @@ def all_records(s: Session, owner: str, job_id: str) -> list[TrialRecord]:
 def counts(s: Session, job_id: str) -> dict[TrialState, int]:
     """How many trials are in each state; states without one are absent."""
     query = select(Trial.state, func.count()).where(Trial.job_id == job_id).group_by(Trial.state)
-    return dict(s.execute(query).tuples().all())
+    return {state: count for state, count in s.execute(query)}  # noqa: C416  (dict() takes a Result for a mapping)
 
 
 def latest(trial: TrialRecord) -> TrialResult | None:
