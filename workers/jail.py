@@ -202,7 +202,7 @@ def _import_rules(entry: Path) -> Iterator[tuple[Path, int]]:
         yield entry, READ
         return
     yield entry, READ_DIR
-    for path in entry.iterdir():
+    for path in entry.iterdir() if os.access(entry, os.R_OK) else ():
         package = (path / "__init__.py").is_file() or path.suffix in (".dist-info", ".libs")
         if package or (path.is_file() and path.suffix in (".py", ".so", ".pth")):
             yield path, READ

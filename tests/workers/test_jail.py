@@ -233,6 +233,39 @@ refused(open, root / "pyproject.toml")
     )
 
 
+def test_every_kind_of_data_reads_inside(scratch: Path) -> None:
+    inside(
+        scratch,
+        """
+import io, tarfile
+import numpy, pyarrow, pyarrow.parquet
+from PIL import Image
+from search.data import read_data
+from search.spec import DataSpec
+
+def picture(value):
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(out, "JPEG")
+    return out.getvalue()
+
+rows = {"image": [{"bytes": picture(i), "path": None} for i in range(40)], "label": [i % 2 for i in range(40)]}
+pyarrow.parquet.write_table(pyarrow.table(rows), scratch / "parquet")
+with tarfile.open(scratch / "images", "w:gz") as archive:
+    for i in range(40):
+        member = tarfile.TarInfo(f"class{i % 2}/{i}.jpg")
+        member.size = len(picture(i))
+        archive.addfile(member, io.BytesIO(picture(i)))
+with open(scratch / "npz", "wb") as file:
+    numpy.savez_compressed(file, x=numpy.ones((40, 3, 4, 4), numpy.uint8), y=numpy.arange(40) % 2)
+for name in ("parquet", "images", "npz"):
+    data = read_data(scratch / name, DataSpec(), scratch=scratch / "unpacked")
+    assert data.info.format == name
+    assert next(data.train.batches(8, shuffle=0, augment=True))[0][0].shape == (8, 3, 4, 4)
+""",
+        memory=4 << 30,
+    )
+
+
 def test_a_missing_layer_that_is_required_applies_nothing(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jail, "_landlock_version", lambda: 0)
     with pytest.raises(jail.JailUnavailable, match=r"lacks landlock.*TENFOLD_JAIL=best_effort"):
