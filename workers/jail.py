@@ -198,13 +198,16 @@ def _rules(scratch: Path, readable: Iterable[Path]) -> Iterator[tuple[Path, int]
 def _import_rules(entry: Path) -> Iterator[tuple[Path, int]]:
     """A folder on ``sys.path`` outside the interpreter (an editable install, a checkout): its packages and modules
     can be read, its other content, the service's own data perhaps, only listed."""
+    if not os.access(entry, os.R_OK):
+        return
     if not entry.is_dir():
         yield entry, READ
         return
     yield entry, READ_DIR
-    for path in entry.iterdir() if os.access(entry, os.R_OK) else ():
-        package = (path / "__init__.py").is_file() or path.suffix in (".dist-info", ".libs")
-        if package or (path.is_file() and path.suffix in (".py", ".so", ".pth")):
+    for path in entry.iterdir():
+        # os.access, because asking pathlib about a file in a folder that is closed to us raises
+        package = os.access(path / "__init__.py", os.R_OK) or path.suffix in (".dist-info", ".libs")
+        if package or path.suffix in (".py", ".so", ".pth"):
             yield path, READ
 
 
