@@ -3,7 +3,7 @@
     python -m benchmarks.service --network resnet20 --weights ../shared/weights/resnet20_cifar10.safetensors
 
 Starts ``tenfold-server up`` in a scratch folder, exports the network with the SDK, uploads it and CIFAR-10 over REST,
-waits, and writes the job's report, trials, front and wall times to ``--json``. The budget is judged by the service on the
+waits, and writes the job's report, trials, front and wall times to ``--json``. The service judges the budget on the
 test images, which no choice has seen; 5,000 training images are held out for choosing.
 """
 
