@@ -30,8 +30,9 @@ _CLIMBS = 2
 """Smaller candidates that may be refined after the first one that kept the budget."""
 _WORTH = 0.97
 """A further climb has to promise at least this much of the size of what is kept already."""
-_CAUTION = 0.25
-"""Standard deviations of the prediction that count against a candidate."""
+_BOLD, _CAREFUL, _SURE = 0.25, 1.0, 2.0
+"""Standard deviations of the prediction that count against a candidate: at the first check, at the next ones, and at
+the last one, which must not gamble away an answer that is there."""
 _HOPELESS = 3.0
 """Standard deviations above the budget beyond which a second check of the same kind would be a waste."""
 _AT_ONCE = 2
@@ -77,9 +78,8 @@ class _Candidate:
     """Geometric mean of the shares kept of the minimized costs."""
     final: Prediction
 
-    @property
-    def careful(self) -> float:
-        return self.final.mean + _CAUTION * self.final.std
+    def at_worst(self, caution: float) -> float:
+        return self.final.mean + caution * self.final.std
 
 
 class _View:
@@ -94,7 +94,7 @@ class _View:
             if best is None or final is None or unusable or not is_cheaper(best.costs, profile.costs, spec.minimize):
                 continue
             self.candidates.append(_Candidate(record, size(best.costs, profile.costs, spec.minimize), final))
-        self.candidates.sort(key=lambda c: (c.size, c.careful, c.record.number))
+        self.candidates.sort(key=lambda c: (c.size, c.final.mean, c.record.number))
         self.kept = sorted((r for r in self.checked if self._keeps(r)), key=lambda r: (self._size(r), r.number))
         self.failed = [r for r in self.checked if r.state not in _LIVE and r not in self.kept]
 
@@ -144,14 +144,21 @@ class _View:
         waiting = [c for c in self.candidates if c.record not in chosen]
         if self.kept:
             below = _WORTH * self._size(self.kept[0])
-            return next((c for c in waiting if c.size < below and c.careful <= limit), None)
-        sure = next((c for c in waiting if c.careful <= limit), None)
+            return next((c for c in waiting if c.size < below and c.at_worst(_BOLD) <= limit), None)
+        caution = self._caution(len(self.failed) + live + len(chosen))
+        sure = next((c for c in waiting if c.at_worst(caution) <= limit), None)
         if sure is not None or not waiting or chosen or live:
             return sure
         # None is likely to keep the budget. The safest is checked all the same: the user asked for an answer.
-        safest = min(waiting, key=lambda c: (c.careful, c.size, c.record.number))
-        hopeless = safest.final.mean - _HOPELESS * safest.final.std > self.profile.max_drop
+        safest = min(waiting, key=lambda c: (c.at_worst(caution), c.size, c.record.number))
+        hopeless = safest.at_worst(-_HOPELESS) > self.profile.max_drop
         return None if hopeless and self.failed else safest
+
+    def _caution(self, before: int) -> float:
+        """For the check that comes after ``before`` others."""
+        if before >= self.spec.search.checks - 1 > 0:
+            return _SURE
+        return _BOLD if before == 0 else _CAREFUL
 
     def success(self) -> Finished:
         best = self.kept[0]

@@ -87,7 +87,7 @@ class _ShortModel:
         scale = 1.0 if profile.metric in (Metric.ACCURACY, Metric.TOP5, Metric.AGREEMENT) else 5.0
         recovers = float(np.clip(0.25 * max(recipe.short_epochs, 0.1) ** -0.3, 0.05, 0.6))
         self._mean: Vector = np.array([0.0, recovers, 0.015 * scale])
-        self._covariance: Vector = np.diag(np.array([0.5, 0.8 * recovers, 0.02 * scale]) ** 2)
+        self._covariance: Vector = np.diag(np.array([0.5, 0.5 * recovers, 0.008 * scale]) ** 2)
         self._noise = 0.4
 
     def _features(self, cheap: TrialResult) -> Vector:

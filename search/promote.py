@@ -16,6 +16,8 @@ _KEEP = 3
 """One in so many goes on."""
 _FIRST = 4
 """Cheap results before the first promotion of a stage."""
+_LEAST_CHANCE = 0.1
+"""Of keeping the budget; below it a candidate is a moonshot, however much it would save."""
 _LEAST_GAIN = 1e-3
 """Expected gain of hypervolume (of the unit box) below which nothing is promoted."""
 
@@ -77,7 +79,8 @@ def _best(
     for record in waiting:
         final = predictor.final(record) or Prediction(float("inf"), 0.0)
         gain = improvement(_point(spec, profile, record), confirmed, reference)
-        scored.append((final.chance(profile.max_drop) * gain, -final.mean, -record.number, record))
+        chance = final.chance(profile.max_drop)
+        scored.append((chance * gain if chance >= _LEAST_CHANCE else 0.0, -final.mean, -record.number, record))
     if not scored:
         return None
     best = max(scored, key=lambda s: s[:3])
