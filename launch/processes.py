@@ -62,8 +62,8 @@ class Group:
 
     def __init__(self) -> None:
         self.services: list[Service] = []
+        self.asked_to_stop = threading.Event()
         self._lock = threading.Lock()
-        self._stopping = False
 
     def start(self, service: Service, *, ready: Callable[[], bool] | None = None, timeout_s: float = 60) -> None:
         """Start one and wait until it is ready. Raises ``RuntimeError`` with the end of its log when it is not."""
@@ -72,9 +72,10 @@ class Group:
             self.services.append(service)
         deadline = time.monotonic() + timeout_s
         while ready is not None and not ready():
-            assert service.process is not None
-            if service.process.poll() is not None:
-                raise RuntimeError(f"{service.name} did not start (exit {service.process.returncode}).{_tail(service)}")
+            if self.asked_to_stop.is_set():
+                raise KeyboardInterrupt
+            if service.process is not None and (code := service.process.poll()) is not None:
+                raise RuntimeError(f"{service.name} did not start (exit {code}).{_tail(service)}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{service.name} was not ready after {timeout_s:.0f} s.{_tail(service)}")
             time.sleep(0.05)
@@ -82,7 +83,7 @@ class Group:
     def tend(self) -> None:
         """Start again what ended by itself; a service that keeps failing waits longer each time."""
         with self._lock:
-            if self._stopping:
+            if self.asked_to_stop.is_set():
                 return
             for service in self.services:
                 self._tend(service, time.monotonic())
@@ -103,21 +104,21 @@ class Group:
 
     def stop(self) -> None:
         """End all in good order: workers and the API first, the broker (started first) last."""
-        self._stopping = True
+        self.asked_to_stop.set()
         with self._lock:
             _end(self.services[1:])
             _end(self.services[:1])
 
     def kill(self) -> None:
         """End all at once. Takes no lock: a second Ctrl-C comes in the middle of ``stop``."""
-        self._stopping = True
+        self.asked_to_stop.set()
         for service in self.services:
             service.signal(signal.SIGKILL)
 
 
 def _end(services: Sequence[Service]) -> None:
+    """Closing the lifeline asks a service to stop; a signal as well would be a second request to Celery."""
     for service in services:
-        service.signal(signal.SIGTERM)
         if service.process is not None and service.process.stdin is not None:
             service.process.stdin.close()
     deadline = time.monotonic() + GRACE_S

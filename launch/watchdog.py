@@ -1,4 +1,4 @@
-"""Runs a server that knows no better, and ends it with the process that started this one. Needs only the standard library.
+"""Runs a server that knows no better, and ends it with the process that started this one. Standard library only.
 
 ``python watchdog.py COMMAND…``: end of file on standard input (the starter stopped, or was killed) ends the command;
 the command's own end ends this process. Were *this* process killed, the kernel ends the command (Linux).
@@ -39,7 +39,7 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509 (no thread yet)
+        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
     )
 
 

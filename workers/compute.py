@@ -2,115 +2,108 @@
 
 It never sees the database, the broker or the network: what it needs lies in its scratch folder, what it makes it
 leaves there, and the worker that supervises it moves both. It is kept for a job, so that the model, the data and the
-statistics are read once.
+statistics are read once. Each operation is a thin shell around ``search.session``: arguments and results are JSON,
+files are named relative to the scratch folder.
 """
 
-import argparse
-import os
-import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from search.errors import TenfoldError
-from search.spec import DataSpec, JobSpec, Outcome, Profile, TrialRecord, TrialWork
-from workers import jail
-from workers.child import Channel
+from search.spec import DataSpec, JobSpec, Profile, TrialRecord, TrialResult, TrialWork
+from workers.serve import Context, Operation, serve
 
-__all__ = ["Operation", "serve"]
+__all__ = ["OPERATIONS"]
 
-Report = Callable[[str, float, float], None]
+Arguments = Mapping[str, Any]
 
 
-class Operation(Protocol):
-    def __call__(self, arguments: Mapping[str, Any], context: "Context", /) -> Any: ...
+def prepare() -> None:
+    import search.session  # noqa: F401
 
 
-class Context:
-    """What an operation has at hand: its scratch folder, a way to report, and the job's session once it is opened."""
+def inspect_model(arguments: Arguments, context: Context) -> Any:
+    from search import session
 
-    def __init__(self, channel: Channel, scratch: Path, latency_lock: int | None) -> None:
-        self.channel = channel
-        self.scratch = scratch
-        self.latency_lock = latency_lock
-        self.session: Any = None
-
-    def report(self, message: str, done: float, of: float) -> None:
-        self.channel.send(progress={"message": message, "done": done, "of": of})
-
-    def checkpoint(self, path: Path) -> None:
-        """Hand a checkpoint file of the scratch folder to the worker, which stores it for the next attempt."""
-        self.channel.send(checkpoint=str(path.relative_to(self.scratch)))
-
-    def path(self, name: str | None) -> Path | None:
-        return None if name is None else self.scratch / name
-
-    def folder(self, name: str) -> Path:
-        path = self.scratch / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    path, folder = context.there(arguments["model"]), context.folder("inspect")
+    return session.inspect_model(path, arguments["format"], arguments["architecture"], folder).model_dump(mode="json")
 
 
-def serve(operations: Mapping[str, Operation], prepare: Callable[[], None], argv: list[str] | None = None) -> None:
-    """Enter the jail, then answer requests until the parent closes the pipe.
+def inspect_data(arguments: Arguments, context: Context) -> Any:
+    from search import session
 
-    ``prepare`` imports what the operations need. It runs in the jail, which must be entered by a process of one thread,
-    before torch starts its own.
-    """
-    options = _options(argv)
-    channel = Channel()
-    lock = os.open(options.latency_lock, os.O_RDWR) if options.latency_lock else None
-    try:
-        layers = _enter(options)
-    except jail.JailUnavailable as error:
-        channel.send(error={"code": "jail_unavailable", "message": str(error)})
-        return
-    channel.watch()
-    prepare()
-    context = Context(channel, options.scratch, lock)
-    channel.send(ready=layers)
-    for request in channel.requests():
-        _answer(operations, request, context)
+    path, spec = context.there(arguments["data"]), DataSpec.model_validate(arguments["spec"])
+    return session.inspect_data(path, spec, context.folder("inspect")).model_dump(mode="json")
 
 
-def _enter(options: argparse.Namespace) -> dict[str, bool]:
-    if options.jail == "off":
-        return {}
-    # CUDA reserves address space by the hundred GiB: there the worker's own watch on memory has to do.
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    memory = None if has_gpu else options.memory
-    return jail.enter(options.scratch, memory_bytes=memory, require=options.jail == "require")
+def open_job(arguments: Arguments, context: Context) -> Any:
+    """Read the job's model and data; every later operation of this process is about that job."""
+    from search import session
+
+    context.session = session.Session(
+        context.there(arguments["model"]),
+        context.there(arguments["data"]),
+        model_format=arguments["format"],
+        architecture=arguments["architecture"],
+        data_spec=DataSpec.model_validate(arguments["data_spec"]),
+        spec=JobSpec.model_validate(arguments["spec"]),
+        scratch=context.folder("session"),
+        report=context.report,
+        latency_lock=context.latency_lock,
+        save=context.checkpoint,
+    )
+    return {}
 
 
-def _answer(operations: Mapping[str, Operation], request: Mapping[str, Any], context: Context) -> None:
-    try:
-        result = operations[request["op"]](request["arguments"], context)
-    except TenfoldError as error:
-        context.channel.send(error={"code": error.code, "message": error.message})
-    except BaseException as error:
-        known = _known(error)
-        if known is None:
-            traceback.print_exc()
-            context.channel.send(crash=type(error).__name__)
-        else:
-            context.channel.send(error=known)
-    else:
-        context.channel.send(result=result)
+def profile(arguments: Arguments, context: Context) -> Any:
+    found: Profile = context.session.profile(arguments["stage"], context.perhaps(arguments["parent"]))
+    return found.model_dump(mode="json")
 
 
-def _known(error: BaseException) -> dict[str, str] | None:
-    """Failures of the machine that trying again would only repeat, as advice."""
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
-        return {"code": "out_of_memory", "message": Outcome.OUT_OF_MEMORY.value}
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return {"code": "disk_full", "message": "the worker's disk is full: free space, or set TENFOLD_DATA_DIR"}
-    return None
+def trial(arguments: Arguments, context: Context) -> Any:
+    work = TrialWork.model_validate(arguments["work"])
+    return _measured(context.session.trial, work, arguments, context)
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="workers.compute")
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--jail", choices=("require", "best_effort", "off"), default="require")
-    parser.add_argument("--memory", type=int, default=None)
-    parser.add_argument("--latency-lock", type=Path, default=None)
-    return parser.parse_args(argv)
+def refine(arguments: Arguments, context: Context) -> Any:
+    record = TrialRecord.model_validate(arguments["record"])
+    return _measured(context.session.refine, record, arguments, context)
+
+
+def export(arguments: Arguments, context: Context) -> Any:
+    return context.session.export(
+        TrialRecord.model_validate(arguments["record"]),
+        context.perhaps(arguments["weights"]),
+        Profile.model_validate(arguments["profile"]),
+        context.folder(arguments["out"]),
+        parent=context.perhaps(arguments["parent"]),
+        front=[TrialRecord.model_validate(record) for record in arguments["front"]],
+    )
+
+
+def _measured(run: Any, what: TrialWork | TrialRecord, arguments: Arguments, context: Context) -> Any:
+    out = context.folder(arguments["out"])
+    result: TrialResult = run(
+        what,
+        Profile.model_validate(arguments["profile"]),
+        context.perhaps(arguments["parent"]),
+        context.perhaps(arguments["weights"]),
+        context.perhaps(arguments["checkpoint"]),
+        out,
+    )
+    weights = out / "weights.safetensors"
+    name = str(weights.relative_to(context.scratch)) if weights.exists() else None
+    return {"result": result.model_dump(mode="json"), "weights": name}
+
+
+OPERATIONS: dict[str, Operation] = {
+    "inspect_model": inspect_model,
+    "inspect_data": inspect_data,
+    "open": open_job,
+    "profile": profile,
+    "trial": trial,
+    "refine": refine,
+    "export": export,
+}
+
+if __name__ == "__main__":
+    serve(OPERATIONS, prepare)

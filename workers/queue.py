@@ -50,8 +50,8 @@ def broker_url(url: str) -> str:
 def make_app(url: str) -> Celery:
     """The Celery application on the broker at ``url``, as clients and workers both need it.
 
-    Messages are acknowledged as they arrive and nothing is prefetched: Celery on Redis hands a long task out again while
-    it still runs, so leases in the database decide who works, not the broker.
+    Messages are acknowledged as they arrive and nothing is prefetched: Celery on Redis hands a long task out again
+    while it still runs, so leases in the database decide who works, not the broker.
     """
     app = Celery("tenfold", broker=url, set_as_current=False)
     app.conf.update(

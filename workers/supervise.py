@@ -4,6 +4,7 @@ What the child says is not trusted: lines have a longest length, files are named
 without following links, and what it returns is checked against the vocabulary by the caller.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -24,11 +25,12 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 LONGEST_LINE = 64 * 2**20
-KEPT_VARIABLES = (
-    "PATH LANG LANGUAGE TZ OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES "
-    "CUDA_HOME NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF "
-    "VIRTUAL_ENV COVERAGE_PROCESS_START"
-).split()
+KEPT_VARIABLES = {
+    *("PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+}
 """What a child may know of this process's environment. Everything else may be a secret."""
 
 
@@ -77,7 +79,6 @@ class Child:
             encoding="utf-8",
             start_new_session=True,
         )
-        assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), name="child-lines", daemon=True).start()
 
     @property
@@ -108,9 +109,8 @@ class Child:
         second. Raises ``Failed`` (the child lives on), or ``Crashed`` and ``Stopped`` (it does not).
         """
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"op": operation, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
+            request = json.dumps({"op": operation, "arguments": arguments}, separators=(",", ":"))
+            print(request, file=self._process.stdin, flush=True)
         except OSError:
             raise self._crashed() from None
         return self._answer("result", on or {}, stop, timeout_s, operation)
@@ -127,10 +127,8 @@ class Child:
     def close(self) -> None:
         """Close its pipe, which ends it; kill it if it does not."""
         if self._process.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._process.stdin.close()
-            except OSError:
-                pass
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:

@@ -5,7 +5,7 @@ import sys
 import time
 
 from search.errors import BadModel
-from workers.compute import serve
+from workers.serve import serve
 
 
 def echo(arguments, context):

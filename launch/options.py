@@ -1,0 +1,59 @@
+"""The options of ``tenfold-server run``, and the job that they ask for."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from search.spec import Augmentation, Cost, Metric, Task
+
+__all__ = ["add_arguments", "job_fields"]
+
+EXIT_CODES = "exit status: 0 done, 1 the job failed, 2 misuse, 3 the model or the data was refused, 130 interrupted"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXIT_CODES
+    parser.add_argument("model", type=Path, help="a .pt2 file (tenfold.export makes one)")
+    parser.add_argument("data", type=Path, help=".npz, .safetensors, .parquet, or a zip or tar of class folders")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--max-drop", type=float, help="what may be lost, in the metric's units: 0.01 = one point")
+    what.add_argument("--min-value", type=float, help="instead: the value that must be kept")
+    parser.add_argument("--metric", choices=[m.value for m in Metric], help="default: the task's first")
+    parser.add_argument("--minimize", action="append", choices=[c.value for c in Cost], help="repeatable (parameters)")
+    parser.add_argument("--trials", type=int, help="candidates to try (default 30)")
+    parser.add_argument("--epochs", type=float, help="epochs of the final fine-tuning (default 10)")
+    parser.add_argument("--hours", type=float, help="wall-clock limit of the search")
+    parser.add_argument("--task", choices=[t.value for t in Task], default=Task.CLASSIFICATION.value)
+    parser.add_argument("--scale", type=float, help="multiplies the stored values, such as 0.00392156862745098")
+    parser.add_argument("--mean", type=_numbers, help="of each channel, after scaling: 0.49,0.48,0.45")
+    parser.add_argument("--std", type=_numbers, help="of each channel, after scaling")
+    parser.add_argument("--layout", choices=("as_is", "nhwc"), help="nhwc: images with channels last")
+    parser.add_argument("--augment", choices=[a.value for a in Augmentation], help="of the training images")
+    parser.add_argument("--workers", type=int, help="trials at once (default: one for two cores, at most 4)")
+    parser.add_argument("--data-dir", type=Path, help="keep the service's data here (default: a scratch folder)")
+    parser.add_argument("--out", "-o", type=Path, required=True, help="folder for the result")
+    parser.add_argument("--json", action="store_true", help="the finished job as JSON on standard output")
+
+
+def job_fields(options: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """The command line as arguments of ``Client.submit``; what was not given is left to the service's defaults."""
+    transform = _given(
+        scale=options.scale, mean=options.mean, std=options.std, layout=options.layout, augment=options.augment
+    )
+    return {
+        "max_drop": options.max_drop,
+        "min_value": options.min_value,
+        "metric": options.metric,
+        "minimize": options.minimize or [Cost.PARAMETERS.value],
+        "data_spec": {"task": options.task, "transform": transform},
+        "search": _given(trials=options.trials, hours=options.hours, parallel=workers),
+        "fine_tune": _given(epochs=options.epochs),
+    }
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]

@@ -1,0 +1,87 @@
+"""One worker process: a Celery worker that only gets woken, and the loop, sweeper and compute process behind it.
+
+Celery's threads pool with one thread: prefork children could not fork data loaders, and CUDA dies in a fork. This
+process never imports torch.
+"""
+
+import os
+
+os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")  # read once by billiard, when Celery's worker is imported
+
+import logging
+import secrets
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+from celery.signals import worker_ready
+
+from db.engine import Database
+from db.settings import Settings
+from workers.queue import TASK, broker_url, make_app
+from workers.run import Runner
+from workers.sweep import Sweeper
+
+__all__ = ["run_worker"]
+
+log = logging.getLogger(__name__)
+
+
+def run_worker(settings: Settings) -> int:
+    """Work until told to stop (SIGTERM: the task in hand goes back to the queue first). Returns the exit status."""
+    if settings.redis_url is None:
+        log.error("TENFOLD_REDIS_URL is not set: a worker on its own needs the broker that the API uses")
+        return 2
+    url = broker_url(settings.redis_url)
+    app = make_app(url)
+    db = Database(settings.database, blob_url=settings.blob_url)
+    db.migrate()
+    name = f"{socket.gethostname()[:40]}-{secrets.token_hex(4)}"
+    runner = Runner(db, settings, name)
+    sweeper = Sweeper(db, settings, name)
+
+    app.task(runner.work, name=TASK, ignore_result=True)
+
+    def ready(**_: Any) -> None:
+        _stop_first(runner)
+        sweeper.start()
+
+    worker_ready.connect(ready, weak=False)
+    sweeper.be_seen()
+    try:
+        options = ["--pool=threads", "--concurrency=1", f"--queues={settings.queue}", f"--hostname={name}@%h"]
+        quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        app.worker_main(["--quiet", "worker", *options, *quiet])
+    except SystemExit as end:
+        return _status(end)
+    finally:
+        worker_ready.disconnect(ready)
+        runner.stop()
+        sweeper.stop()
+        runner.close()
+        db.close()
+    return 0
+
+
+def _stop_first(runner: Runner) -> None:
+    """Let go of the task in hand before Celery's own handlers wait for the pool's thread to end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        inner = signal.getsignal(number)
+
+        def handle(n: int, frame: FrameType | None, inner: Any = inner) -> None:
+            runner.stop()
+            if callable(inner):
+                inner(n, frame)
+
+        signal.signal(number, handle)
+
+
+def _status(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.exit(run_worker(Settings()))
