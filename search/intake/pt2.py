@@ -1,0 +1,41 @@
+"""A ``.pt2`` upload to torch's ``ExportedProgram``: vetted, written anew, and only the new archive loaded."""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
+
+from search.errors import BadModel
+from search.intake.vet import vet
+
+__all__ = ["load_pt2_upload"]
+
+
+def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
+    """``scratch``: a folder for the new archive, which is deleted again. Raises ``BadModel`` or ``Refused``.
+
+    torch's archive reader is called directly: ``torch.export.load`` falls back to an older format, and its pickles,
+    when the first attempt fails.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        clean = Path(folder) / "model.pt2"
+        vetted = vet(path, clean)
+        noisy = logging.getLogger("torch.export.pt2_archive")
+        level = noisy.level
+        noisy.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return load_pt2(str(clean)).exported_programs["model"]
+        except Exception as e:  # torch raises whatever its checks happen to meet
+            reason = str(e).strip().splitlines()[-1][:200] if str(e).strip() else type(e).__name__
+            raise BadModel(
+                "unreadable_graph",
+                f"the graph (written by torch {vetted.torch_version}, {vetted.nodes} nodes) cannot be rebuilt: {reason}. "
+                "Export the model again with tenfold.export",
+            ) from None
+        finally:
+            noisy.setLevel(level)
