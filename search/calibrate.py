@@ -1,15 +1,17 @@
 """Second moments of layers' inputs and outputs, streamed batch by batch.
 
-For each group, with ``x`` the (im2col) input, channel by channel with the taps inside, and ``y`` a target for the output:
+For each group, with ``x`` the (im2col) input, channel by channel with taps inside, and ``y`` a target for the output:
 
 * ``second`` = E[(x - Ex)(x - Ex)']   (C in the mathematics)
 * ``cross``  = E[(y - Ey)(x - Ex)']   (D)
 * ``energy`` = E[(y - Ey)^2] for each output
 
-Sums are taken about the mean of the first batch, so that a large mean does not eat the digits of a small variance; each
-chunk in float32, chunks together in float64. No more than one chunk of im2col rows exists at a time.
+Neighbouring positions of an image say nearly the same, so only as many rows are drawn (per sample, at random, seeded) as
+the moments' size calls for: ``ROWS`` for each of the n columns. Sums are taken about the mean of the first rows, so that a
+large mean does not eat the digits of a small variance; each batch in float32, batches together in float64.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Moments", "Statistics", "collect", "patches"]
+__all__ = ["Moments", "Rows", "Statistics", "collect", "weight_of"]
 
-CHUNK_ELEMENTS = 1 << 24
-"""im2col elements at a time: 64 MB in float32."""
+ROWS = 256
+"""Rows drawn for each column of a layer's matrix: the moments' own noise is then well below one per cent."""
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -56,36 +58,33 @@ class Moments:
         self.groups = layer.groups if isinstance(layer, _CONVS) else 1
         self.centred = centred
         self.input_sizes: tuple[int, ...] = ()
+        self.calls = 0
         self._origin_x: Tensor | None = None
         self._origin_y: Tensor | None = None
         self._of_x: list[Tensor] = []
         self._of_y: list[Tensor] = []
         self._rows = [0, 0]
 
-    def add(self, x: Tensor, y: Tensor, *, target_only: bool = False) -> None:
-        """One batch: the layer's input and the output wanted of it.
-
-        Args:
-            x: as the layer takes it.
-            y: shaped like the layer's output.
-            target_only: ``x`` was added before; only what depends on ``y`` is summed (after ``retarget``).
-        """
+    def see(self, x: Tensor) -> None:
+        """Note the spatial sizes of an input that rows are drawn from."""
+        self.calls += 1
         if isinstance(self.layer, _CONVS):
             self.input_sizes = tuple(x.shape[2:])
-        width = self.layer.weight[0].numel() * self.groups  # type: ignore[index,operator,union-attr]
-        outputs = y.shape[1 if isinstance(self.layer, _CONVS) else -1]
-        step = max(1, CHUNK_ELEMENTS * outputs // (width * max(1, y[0].numel())))
-        for i in range(0, len(x), step):
-            rows_x, rows_y = patches(self.layer, x[i : i + step]), _rows(self.layer, y[i : i + step], self.groups)
-            if self._origin_x is None or self._origin_y is None:
-                self._origin_x, self._origin_y = rows_x.mean(1, keepdim=True), rows_y.mean(1, keepdim=True)
-            rows_x -= self._origin_x
-            rows_y = rows_y - self._origin_y
-            if not target_only:
-                _accumulate(self._of_x, rows_x.sum(1), rows_x.transpose(1, 2) @ rows_x)
-                self._rows[0] += rows_x.shape[1]
-            _accumulate(self._of_y, rows_y.sum(1), rows_y.transpose(1, 2) @ rows_x, rows_y.square().sum(1))
-            self._rows[1] += rows_y.shape[1]
+
+    def add(self, x: Tensor, y: Tensor, *, target_only: bool = False) -> None:
+        """Some rows: ``x`` (groups, rows, n) as ``Rows`` gives them, ``y`` (rows, out) the outputs wanted for them.
+
+        ``target_only``: these rows of ``x`` were added before (``retarget``), only what depends on ``y`` is summed.
+        """
+        y = y.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        if self._origin_x is None or self._origin_y is None:
+            self._origin_x, self._origin_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - self._origin_x, y - self._origin_y
+        if not target_only:
+            _accumulate(self._of_x, x.sum(1), x.transpose(1, 2) @ x)
+            self._rows[0] += x.shape[1]
+        _accumulate(self._of_y, y.sum(1), y.transpose(1, 2) @ x, y.square().sum(1))
+        self._rows[1] += y.shape[1]
 
     def retarget(self) -> None:
         """Forget the targets, keep the inputs' moments."""
@@ -123,19 +122,66 @@ def _accumulate(sums: list[Tensor], *new: Tensor) -> None:
         sums.extend(wide)
 
 
+class Rows:
+    """Which rows of a layer's matrix product are drawn, batch by batch; the same at each call with the same seed."""
+
+    def __init__(self, layer: nn.Module, samples: int, *, rows: int = ROWS) -> None:
+        """``samples``: how many samples are expected in all."""
+        self.layer = layer
+        self.is_conv = isinstance(layer, _CONVS)
+        self.width = weight_of(layer)[0].numel()
+        self.per_sample = math.ceil(rows * self.width / max(samples, 1))
+
+    def draw(self, output: Tensor, seed: int) -> tuple[Tensor, ...] | None:
+        """Indices (sample, position along each axis) into an output of the layer; None takes all of it."""
+        sizes = output.shape[2:] if self.is_conv else output.shape[1:-1]
+        positions = math.prod(sizes)
+        if self.per_sample >= positions:
+            return None
+        noise = torch.rand(len(output), positions, generator=torch.Generator().manual_seed(seed))
+        chosen = noise.topk(self.per_sample, dim=1, sorted=False).indices
+        samples = torch.arange(len(output))[:, None].expand_as(chosen)
+        return (samples.flatten(), *torch.unravel_index(chosen.flatten(), sizes))
+
+    def inputs(self, x: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
+        """(groups, rows, in / groups * taps): what the layer's matrix multiplies at the drawn rows."""
+        if not self.is_conv:
+            return (x if index is None else x[index]).reshape(1, -1, x.shape[-1])
+        windows = _windows(self.layer, x)
+        rows = windows if index is None else windows[index]
+        groups = self.layer.groups
+        return rows.reshape(-1, groups, self.width).transpose(0, 1).contiguous()  # type: ignore[arg-type]
+
+    def outputs(self, y: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
+        """(rows, out) of something shaped like the layer's output."""
+        y = y.movedim(1, -1) if self.is_conv else y
+        return (y if index is None else y[index]).reshape(-1, y.shape[-1])
+
+
 @torch.no_grad()
-def collect(module: nn.Module, sites: Sequence[str], batches: Iterable[tuple[Tensor, ...]]) -> dict[str, Statistics]:
+def collect(
+    module: nn.Module,
+    sites: Sequence[str],
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    samples: int = 1024,
+) -> dict[str, Statistics]:
     """Statistics of the named layers with their own outputs as targets, in one pass over ``batches``.
 
-    A layer that is called several times in a pass counts all its calls. Layers without a bias that a following batch
-    norm could take up are centred all the same: the error curves compare shapes of responses, not means.
+    A layer that is called several times in a pass counts all its calls. ``samples``: how many the batches hold, about;
+    it decides how many positions of each are drawn.
     """
     moments = {site: Moments(module.get_submodule(site)) for site in sites}
     handles = []
     for site, running in moments.items():
+        rows = Rows(module.get_submodule(site), samples)
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, running: Moments = running) -> None:
-            running.add(inputs[0].detach().float(), output.detach().float())
+        def hook(
+            _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, running: Moments = running, rows: Rows = rows
+        ) -> None:
+            index = rows.draw(output, running.calls)
+            running.see(inputs[0])
+            running.add(rows.inputs(inputs[0], index).float(), rows.outputs(output, index).float())
 
         handles.append(module.get_submodule(site).register_forward_hook(hook))
     was_training = module.training
@@ -150,27 +196,24 @@ def collect(module: nn.Module, sites: Sequence[str], batches: Iterable[tuple[Ten
     return {site: running.finish() for site, running in moments.items()}
 
 
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The rows that the layer's matrix multiplies: (groups, rows, in / groups * taps)."""
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight, typed."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight tensor")
+    return weight
+
+
+def _windows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A view of the padded input: (batch, *out, in, *kernel)."""
     if not isinstance(layer, _CONVS):
-        return x.reshape(1, -1, x.shape[-1])
+        raise TypeError(f"{type(layer).__name__} has no windows")
     d = len(layer.kernel_size)
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    # (batch, channels, *out, *kernel) as a view: windows of the dilated extent, every dilation-th entry.
     for axis in range(d):
-        extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, extent, layer.stride[axis])
-    x = x[(..., *(slice(None, None, layer.dilation[axis]) for axis in range(d)))]
-    x = x.unflatten(1, (layer.groups, -1))
-    # to (groups, batch, *out, channels, *kernel)
-    x = x.permute(1, 0, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d))
-    return x.reshape(layer.groups, -1, layer.weight[0].numel())
-
-
-def _rows(layer: nn.Module, y: Tensor, groups: int) -> Tensor:
-    """(groups, rows, out / groups), rows in the order of ``patches``."""
-    if isinstance(layer, _CONVS):
-        y = y.movedim(1, -1)
-    return y.reshape(-1, groups, y.shape[-1] // groups).transpose(0, 1)
+        # The dilated extent along this axis, then every dilation-th entry of it.
+        dilation = layer.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (layer.kernel_size[axis] - 1) + 1, layer.stride[axis])[..., ::dilation]
+    return x.movedim(1, 1 + d)

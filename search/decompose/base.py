@@ -88,8 +88,13 @@ class Method(Protocol):
         statistics: Statistics | None = None,
         *,
         metric: Tensor | None = None,
+        start: nn.Module | None = None,
     ) -> Fit:
-        """The best factorized layer of these ranks. ``metric``: (out,) weight of each output's squared error."""
+        """The best factorized layer of these ranks.
+
+        ``metric``: (out,) weight of each output's squared error. ``start``: a layer of the same method and ranks,
+        fitted to nearly the same statistics, from which iterations may go on.
+        """
 
     def curve(
         self,
@@ -148,7 +153,11 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
         c, d = statistics.second[g], statistics.cross[g]
         scale = float(c.diagonal().mean())
         ridge = RIDGE * scale if scale > 0 else 1.0
-        c = c + ridge * torch.eye(len(c), dtype=c.dtype)
+        eye = torch.eye(len(c), dtype=c.dtype)
+        # Sums in float32 leave a singular C (dead inputs, few samples) indefinite: the ridge must be well above that.
+        while ridge < scale and int(torch.linalg.cholesky_ex(c + 0.1 * ridge * eye).info):
+            ridge *= 10
+        c = c + ridge * eye
         d = d + ridge * w
         b = torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
         energy = float((m.square() * statistics.energy[g]).sum())

@@ -11,17 +11,21 @@ eigendecomposition for all). Given Q the best P solves the normal equations ``su
 conjugate gradients. P starts from the leading subspace of B in the whitened coordinates of one tap, nested in r.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from search.calibrate import weight_of
 from search.decompose.base import Problem
 
-__all__ = ["Nested", "project", "refine", "solve"]
+__all__ = ["SWEEPS", "WARM_SWEEPS", "Nested", "alternate", "project", "solve", "starts"]
 
 ITERATIONS = 12
 """Conjugate-gradient steps of one sweep over P."""
+SWEEPS = 8
+WARM_SWEEPS = 2
 
 
 @dataclass
@@ -125,6 +129,14 @@ def alternate(problem: Problem, p: Tensor, taps: int, out_rank: int | None, swee
         if gain < 1e-4 * (nested.error(rank) + 1e-300):
             break
     return p, nested
+
+
+def starts(parts: Sequence[Problem], taps: int, rank: int, start: nn.Module | None) -> list[Tensor]:
+    """P of each group to begin with: of a fitted layer, if one is given, else of the whitened subspace."""
+    if start is None:
+        return [project(part, taps)[:rank] for part in parts]
+    first = weight_of(start.get_submodule("first")).detach().to("cpu", torch.float64)
+    return list(first.reshape(len(parts), rank, -1))
 
 
 def _inverse(matrix: Tensor) -> Tensor:

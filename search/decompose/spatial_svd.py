@@ -22,13 +22,11 @@ from search.decompose.base import (
     sizes_along,
     thin,
 )
-from search.decompose.projection import alternate, project, solve
+from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
 __all__ = ["SpatialSVD"]
-
-SWEEPS = 8
 
 
 class SpatialSVD:
@@ -70,13 +68,14 @@ class SpatialSVD:
         statistics: Statistics | None = None,
         *,
         metric: Tensor | None = None,
+        start: nn.Module | None = None,
     ) -> Fit:
         rows, columns, c_in, c_out = _sizes(layer)
         r = ranks[0]
         parts = problems(layer, statistics, metric)
         firsts, lasts, errors = [], [], []
-        for part in parts:
-            p, nested = alternate(part, project(part, columns)[:r], columns, None, SWEEPS)
+        for part, begin in zip(parts, starts(parts, columns, r, start), strict=True):
+            p, nested = alternate(part, begin, columns, None, SWEEPS if start is None else WARM_SWEEPS)
             full = len(nested.gains)
             firsts.append(p.reshape(r, c_in, rows))
             lasts.append(nested.weight(full).reshape(c_out, r, columns))

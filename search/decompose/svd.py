@@ -68,6 +68,7 @@ class SVD:
         statistics: Statistics | None = None,
         *,
         metric: Tensor | None = None,
+        start: nn.Module | None = None,
     ) -> Fit:
         r = ranks[0]
         parts = problems(layer, statistics, metric)

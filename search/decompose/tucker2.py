@@ -23,13 +23,12 @@ from search.decompose.base import (
     relative,
     thin,
 )
-from search.decompose.projection import alternate, project, solve
+from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
 __all__ = ["SVDInput", "Tucker2"]
 
-SWEEPS = 8
 IN_RANKS = 24
 """How many input ranks a curve solves for; output ranks come free with each."""
 
@@ -75,13 +74,14 @@ class Tucker2:
         statistics: Statistics | None = None,
         *,
         metric: Tensor | None = None,
+        start: nn.Module | None = None,
     ) -> Fit:
         c_out, c_in, taps = _sizes(layer)
         low, high = ranks
         parts = problems(layer, statistics, metric)
         firsts, cores, lasts, errors = [], [], [], []
-        for part in parts:
-            p, nested = alternate(part, project(part, taps)[:low], taps, high, SWEEPS)
+        for part, begin in zip(parts, starts(parts, taps, low, start), strict=True):
+            p, nested = alternate(part, begin, taps, high, SWEEPS if start is None else WARM_SWEEPS)
             high_found = min(high, len(nested.gains))
             core = torch.zeros(high, low * taps, dtype=p.dtype)
             last = torch.zeros(c_out, high, dtype=p.dtype)
@@ -157,12 +157,13 @@ class SVDInput:
         statistics: Statistics | None = None,
         *,
         metric: Tensor | None = None,
+        start: nn.Module | None = None,
     ) -> Fit:
         c_out, _, taps = _sizes(layer)
         parts = problems(layer, statistics, metric)
         firsts, lasts, errors = [], [], []
-        for part in parts:
-            p, nested = alternate(part, project(part, taps)[: ranks[0]], taps, None, SWEEPS)
+        for part, begin in zip(parts, starts(parts, taps, ranks[0], start), strict=True):
+            p, nested = alternate(part, begin, taps, None, SWEEPS if start is None else WARM_SWEEPS)
             full = len(nested.gains)
             firsts.append(p)
             lasts.append(nested.weight(full).reshape(c_out, ranks[0], taps))

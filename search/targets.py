@@ -1,0 +1,157 @@
+"""What is wanted of one layer's output, seen through what follows it (``chains``).
+
+With ``a, b`` the scale and shift of a batch norm behind the layer, ``s`` the other operand of an addition behind that, and a
+tilde for the compressed network, the output wanted is
+
+* plain: ``y``
+* through the norm and the addition: ``(a y + b + s - b~ - s~) / a~``, errors weighed by ``a~^2`` for each channel, so that the
+  layer makes up for the error that its sibling brings;
+* before a ReLU, only what passes it counts. Where the original is cut off (``z <= 0``), any value that is cut off
+  too is right: aim at ``min(z~, 0)`` for the present ``z~``, refit, repeat. Each round majorises the error behind
+  the ReLU and touches it at the present point, so the error falls (after Zhang et al. 2015, "Accelerating very deep
+  convolutional networks", who solve the same problem by penalties).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from tenfold.layers import FactorizedLayer
+from torch import Tensor, fx, nn
+
+from search.calibrate import ROWS, Rows, weight_of
+from search.chains import Chain
+from search.norms import affine, typed
+
+__all__ = ["Options", "Target", "dense_weight", "last_link"]
+
+KEEP_BYTES = 1 << 30
+"""im2col rows of one layer are kept between its refits up to here; beyond, they are made again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a layer's target is made. The defaults are what measured best."""
+
+    residual: bool = True
+    """Before an addition, also make up for the other operand's error."""
+    relu_sweeps: int = 2
+    """Refits toward what passes a following ReLU; 0 matches its input as it is."""
+    refit: tuple[str, ...] = ()
+    """Dense layers outside the plan that may be refitted too (their size stays)."""
+    batch_norm: float = 0.0
+    """0 keeps the original's running statistics, 1 takes the compressed network's own, between: a mixture."""
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    """Site to (out,) weights of its outputs' squared errors, instead of a following batch norm's scale."""
+    rows: int = ROWS
+    """Rows drawn for each column of a layer's matrix."""
+
+
+class Values(Protocol):
+    """What a target reads of the walk over both networks: nodes' values, one for each batch."""
+
+    original: fx.GraphModule
+    network: nn.Module
+    options: Options
+    chains: dict[fx.Node, Chain]
+    wanted: dict[fx.Node, list[Any]]
+    got: dict[fx.Node, list[Any]]
+
+
+class Target:
+    """The outputs wanted of one site at the rows drawn for it.
+
+    ``metric``: (out,) weights of the outputs' squared errors, or None. ``takes_mean``: whether a bias or a batch norm
+    takes up the mean. ``shift``: what a layer without bias lacks in the mean, set at each fit.
+    """
+
+    def __init__(self, values: Values, node: fx.Node, site: str, layer: nn.Module) -> None:
+        chain, options = values.chains[node], values.options
+        usable = chain.other is not None and chain.other in values.got and options.residual
+        other = chain.other if usable else None
+        self.relu = chain.relu and (usable or chain.other is None)
+        self.shift: Tensor | None = None
+        self._norm = chain.norm
+        self._norms: tuple[nn.Module, nn.Module] | None = None
+        if chain.norm is not None:
+            self._norms = values.original.get_submodule(chain.norm), values.network.get_submodule(chain.norm)
+        self.takes_mean = layer.bias is not None or self._norms is not None
+        self.metric = options.importance.get(site)
+        if self.metric is None and self._norms is not None:
+            self.metric = affine(self._norms[1])[0].square()
+        y: list[Tensor] = values.wanted[node]
+        self._rows = Rows(layer, sum(len(v) for v in y), rows=options.rows)
+        self._index = [self._rows.draw(v, seed) for seed, v in enumerate(y)]
+        self._raw = self._pick(y)
+        self._inputs: list[Tensor] | None = None
+        self._look_through(None if other is None else (values.wanted[other], values.got[other]))
+
+    def _look_through(self, other: tuple[list[Tensor], list[Tensor]] | None) -> None:
+        """Set ``z`` (the original behind the chain), and the scale and offset that lead there in the network."""
+        self._z = self._raw
+        self._offset: list[Tensor] | None = None
+        self._scale = torch.ones(self._raw[0].shape[1], dtype=self._raw[0].dtype)
+        if self._norms is not None:
+            (scale, shift), (self._scale, own) = (affine(n) for n in self._norms)
+            self._z = [scale * v + shift for v in self._raw]
+            self._offset = [own.expand_as(v) for v in self._raw]
+        if other is not None:
+            wanted, got = self._pick(other[0]), self._pick(other[1])
+            self._z = [v + s for v, s in zip(self._z, wanted, strict=True)]
+            before = self._offset or [torch.zeros_like(v) for v in got]
+            self._offset = [v + s for v, s in zip(before, got, strict=True)]
+        # A channel that batch norm scales to nothing has no say: its target stays the original's.
+        self._dead = self._scale.abs() < 1e-6
+        self._safe = torch.where(self._dead, 1.0, self._scale)
+
+    def _pick(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [self._rows.outputs(v, i) for v, i in zip(values, self._index, strict=True)]
+
+    def rows(self, source: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Batch number and (groups, rows, n), the layer's input at the drawn rows; kept when that is affordable."""
+        if self._inputs is not None:
+            yield from enumerate(self._inputs)
+            return
+        keep = 4 * self._rows.width * sum(len(v) for v in self._raw) <= KEEP_BYTES
+        kept = []
+        for b, (x, index) in enumerate(zip(source, self._index, strict=True)):
+            rows = self._rows.inputs(x, index)
+            if keep:
+                kept.append(rows)
+            yield b, rows
+        self._inputs = kept if keep else None
+
+    def values(self, b: int, *, present: Tensor | None = None) -> Tensor:
+        """(rows, out) wanted in batch ``b``; ``present``: the layer's outputs now, to look through the ReLU."""
+        if self._offset is None and present is None:
+            return self._raw[b]
+        z, offset = self._z[b], 0.0 if self._offset is None else self._offset[b]
+        if present is not None:
+            z = torch.where(z > 0, z, (self._scale * present + offset).clamp_max(0))
+        return torch.where(self._dead, self._raw[b], (z - offset) / self._safe)
+
+    def present(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The fitted layer's outputs at the rows ``x``: (rows, out)."""
+        weight = dense_weight(module).reshape(len(x), -1, x.shape[2])
+        y = (x @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        bias = last_link(module).bias if self.shift is None else self.shift
+        return y + bias if isinstance(bias, Tensor) else y
+
+    def settle(self) -> str | None:
+        """Give the mean that a layer without bias cannot take to the batch norm behind it; its name if it changed."""
+        if self.shift is None or self._norms is None:
+            return None
+        norm = typed(self._norms[1])
+        norm.running_mean = norm.running_mean - self.shift
+        return self._norm
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight that a layer, factorized or not, applies."""
+    return module.dense_weight().detach() if isinstance(module, FactorizedLayer) else weight_of(module).detach()
+
+
+def last_link(module: nn.Module) -> nn.Module:
+    """The link that carries the bias."""
+    return module.get_submodule("last") if isinstance(module, FactorizedLayer) else module
