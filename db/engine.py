@@ -75,7 +75,8 @@ class Database:
     def begin(self) -> Iterator[Session]:
         """One short writing transaction: committed at the end, rolled back on an exception.
 
-        Rows stay readable after it. Raises ``StorageFull`` when there is no room.
+        Rows stay readable after it. Do not open another one (or write a blob) inside: on SQLite it would wait for
+        itself until ``BUSY_SECONDS`` are over. Raises ``StorageFull`` when there is no room.
         """
         with storage_errors(), self._sessions.begin() as session:
             yield session

@@ -14,6 +14,9 @@ __all__ = ["collect_garbage", "delete_content"]
 BATCH = 16
 """Chunk rows that one transaction deletes."""
 
+FREED_PAGES = 4096
+"""Pages of 4 KiB that one transaction gives back to the disk."""
+
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +42,8 @@ def collect_garbage(db: Database, grace_s: float) -> int:
         deleted += 1
     for blob_id in _orphans(db):
         delete_content(db, blob_id, outside=False)
-    if db.sqlite and deleted:
-        with db.chunk_engine.connect() as connection:
-            connection.execute(text("PRAGMA incremental_vacuum"))
+    if db.sqlite:
+        _shrink(db)
     return deleted
 
 
@@ -60,6 +62,16 @@ def delete_content(db: Database, blob_id: str, *, outside: bool) -> None:
                 s.execute(delete(Chunk).where(Chunk.blob_id == blob_id, Chunk.position.in_(positions)))
         if len(positions) < BATCH:
             return
+
+
+def _shrink(db: Database) -> None:
+    """Gives the free pages of SQLite's chunk file back to the disk, a few at a time so that uploads get their turn."""
+    free = True
+    while free:
+        with db.begin_chunks() as s:
+            before = s.scalar(text("PRAGMA freelist_count"))
+            s.connection().exec_driver_sql(f"PRAGMA incremental_vacuum({FREED_PAGES})")
+            free = before != s.scalar(text("PRAGMA freelist_count"))
 
 
 def _unreferenced() -> ColumnElement[bool]:

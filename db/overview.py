@@ -41,7 +41,7 @@ def overviews(s: Session, rows: Sequence[Job]) -> dict[str, Overview]:
     columns = (Trial.job_id, Trial.state, Trial.rung)
     for job_id, state, rung, count in s.execute(
         select(*columns, func.count()).where(Trial.job_id.in_(found)).group_by(*columns)
-    ).tuples():
+    ):
         of_job = found[job_id]
         of_job.trials += count
         of_job.failed += count if state is TrialState.FAILED else 0
@@ -58,17 +58,17 @@ def stamp(s: Session, owner: str, job_id: str) -> Hashable:
     """Differs whenever the job's overview may differ. Raises ``NotFound``."""
     version = jobs.get(s, owner, job_id).version
     live = select(Task.id, Task.attempt, Task.state, Task.progress)
-    tasks = s.execute(live.where(Task.job_id == job_id, Task.state.in_(LIVE)).order_by(Task.id)).tuples()
+    tasks = s.execute(live.where(Task.job_id == job_id, Task.state.in_(LIVE)).order_by(Task.id))
     return version, tuple((id_, attempt, state, repr(progress)) for id_, attempt, state, progress in tasks)
 
 
 def job_counts(s: Session) -> dict[str, int]:
     """All owners' jobs by state."""
-    rows = s.execute(select(Job.state, func.count()).group_by(Job.state)).tuples()
+    rows = s.execute(select(Job.state, func.count()).group_by(Job.state))
     return {state.value: count for state, count in rows}
 
 
 def task_counts(s: Session) -> dict[tuple[str, str], int]:
     """Tasks that wait or run, by (queue, state)."""
     query = select(Task.queue, Task.state, func.count()).where(Task.state.in_(LIVE)).group_by(Task.queue, Task.state)
-    return {(queue, state.value): count for queue, state, count in s.execute(query).tuples()}
+    return {(queue, state.value): count for queue, state, count in s.execute(query)}

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from db import blobs, datasets, jobs, models, tasks, uploads
 from db.engine import Database
-from db.tables import Job, Task, TaskKind
+from db.tables import Job, Task, TaskKind, TaskState
 from search.spec import (
     AskedWork,
     Budget,
@@ -92,13 +93,23 @@ class House:
     def ready_job(self, owner: str = "ann", **more: Any) -> str:
         """… and whose model and data are ready."""
         job_id = self.new_job(owner, **more)
-        for _ in range(2):
+        self.inspect_all()
+        return job_id
+
+    def inspect_all(self) -> None:
+        """Inspects every model and data set that waits for it; they are claimed before all else."""
+        while self._waiting_inspections():
             task = self.claim("inspector")
             assert task is not None
             info = MODEL if task.kind is TaskKind.INSPECT_MODEL else DATA
             with self.db.begin() as s:
                 assert tasks.complete_inspection(s, task.id, task.attempt, info)
-        return job_id
+
+    def _waiting_inspections(self) -> bool:
+        kinds = (TaskKind.INSPECT_MODEL, TaskKind.INSPECT_DATA)
+        with self.db.read() as s:
+            waiting = select(Task.id).where(Task.kind.in_(kinds), Task.state == TaskState.QUEUED)
+            return s.scalar(waiting.limit(1)) is not None
 
     def searching_job(self, owner: str = "ann", trials: int = 0, **more: Any) -> str:
         """… and which is profiled and has ``trials`` queued trials."""

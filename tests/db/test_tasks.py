@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import select
 
-from db import events, jobs, models, tasks
+from db import assignments, blobs, events, jobs, models, tasks
 from db.tables import AssetState, JobState, Task, TaskKind, TaskState
 from search.spec import Finished, ProfileWork, RefineWork, Rung, TrialState
 
@@ -182,8 +182,6 @@ def test_an_inspection_whose_workers_die_rejects_the_model(house):
 
 
 def test_a_checkpoint_waits_for_the_next_attempt_and_goes_with_the_task(house):
-    from db import assignments, blobs
-
     job_id = house.searching_job(trials=1)
     task = house.claim()
     blob = blobs.write(house.db, [b"half-trained"])
