@@ -62,8 +62,8 @@ def socket_path(data: Path) -> Path:
 
 
 def url(data: Path) -> str:
-    """The broker URL as Celery spells it."""
-    return f"redis+socket://{socket_path(data)}"
+    """The broker URL as redis-py spells it; ``workers.queue`` turns it into Celery's spelling."""
+    return f"unix://{socket_path(data)}"
 
 
 def is_up(data: Path) -> bool:
