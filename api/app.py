@@ -3,12 +3,14 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from api import artifacts, datasets, health, jobs, keys, models, problems, reference, trials, uploads, workers
+from api.dashboard import add_dashboard
 from api.http import Envelope
 from api.limits import RateLimit
 from api.metrics import Metrics
@@ -53,9 +55,18 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], "AsyncIterator[None]"]:
     return run
 
 
+class Api(FastAPI):
+    """FastAPI whose document shows failures as they are sent."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = problems.describe(super().openapi())
+        return self.openapi_schema
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The whole API on the database, broker and limits that ``settings`` name."""
-    app = FastAPI(
+    app = Api(
         title="Tenfold",
         version=_version(),
         description=DESCRIPTION,
@@ -73,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for part in (uploads, models, datasets, jobs, trials, artifacts, keys, workers, health, reference):
         app.include_router(part.router)
+    add_dashboard(app)
     return app
 
 

@@ -18,7 +18,7 @@ from starlette.types import Scope
 from db.errors import BadDatabase, Conflict, LostBlob, NotFound, StorageFull, TooLarge
 from search.errors import TenfoldError
 
-__all__ = ["Problem", "ProblemBody", "install", "problem_response", "responses"]
+__all__ = ["Problem", "ProblemBody", "describe", "install", "problem_response", "responses"]
 
 log = logging.getLogger("tenfold.api")
 
@@ -92,6 +92,20 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"description": HTTPStatus(status).phrase, **({"content": content} if status >= 400 else {})}
         for status in statuses
     }
+
+
+def describe(document: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document with ``ProblemBody`` in it, also where FastAPI would show its own form of a 422."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    problem = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(problem.pop("$defs"), ProblemBody=problem)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if "422" in operation["responses"]:
+                operation["responses"].update({str(status): text for status, text in responses(422).items()})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    return document
 
 
 def _of_http(request: Request, error: HTTPException) -> Problem:

@@ -29,7 +29,7 @@ from db import events, jobs, models, trials
 from db.engine import Database
 from db.tables import Event
 from search.front import front
-from search.spec import Cost, JobSpec, LayerInfo, Profile, SitePlan, TrialRecord
+from search.spec import Cost, JobSpec, LayerInfo, Profile, TrialRecord
 
 __all__ = ["router"]
 
@@ -57,7 +57,9 @@ class LayerView(BaseModel):
     compressible: bool
     reason: str
     sensitivity: float | None = Field(description="Predicted rise of the loss per unit of relative output error.")
-    plan: SitePlan | None = Field(description="Null: it stays as it is.")
+    method: str | None = Field(description="What replaces it; null: it stays as it is.")
+    ranks: tuple[int, ...]
+    options: dict[str, str | int | float | bool]
     parameters_after: int | None
     macs_after: int | None
     error: float | None = Field(description="Predicted relative output error of the replacement.")
@@ -114,7 +116,9 @@ def _layer(info: LayerInfo, profile: Profile | None, trial: TrialRecord | None) 
         compressible=info.compressible,
         reason=info.reason,
         sensitivity=site.sensitivity if site else None,
-        plan=plan,
+        method=plan.method if plan else None,
+        ranks=plan.ranks if plan else (),
+        options=plan.options if plan else {},
         parameters_after=point.parameters if point else info.parameters if stays else None,
         macs_after=point.macs if point else info.macs if stays else None,
         error=point.error if point else 0.0 if stays else None,

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 import anyio
@@ -69,26 +70,38 @@ def _promised(content_digest: str | None, sha256: str | None) -> str | None:
     return digest.hex()
 
 
-def _check_quota(db: Database, settings: Settings, owner: str, more: int) -> None:
+@dataclass(frozen=True)
+class Room:
+    """How many bytes an owner may still send."""
+
+    held: int
+    most: int | None
+
+    def check(self, more: int) -> None:
+        """Raises 413 when ``more`` bytes do not fit."""
+        if self.most is not None and self.held + more > self.most:
+            raise Problem(
+                413,
+                "quota_exceeded",
+                f"You keep {self.held:,} bytes of uploads and may keep {self.most:,}: delete some first.",
+            )
+
+
+def _room(db: Database, settings: Settings, owner: str) -> Room:
     if settings.max_stored_bytes is None:
-        return
+        return Room(0, None)
     with db.read() as s:
-        held = uploads.stored_bytes(s, owner)
-    if held + more > settings.max_stored_bytes:
-        raise Problem(
-            413,
-            "quota_exceeded",
-            f"You keep {held:,} bytes of uploads and may keep {settings.max_stored_bytes:,}: delete some first.",
-        )
+        return Room(uploads.stored_bytes(s, owner), int(settings.max_stored_bytes))
 
 
-async def _stream(request: Request, db: Database, limit: int, promised: str | None) -> blobs.BlobInfo:
+async def _stream(request: Request, db: Database, room: Room, promised: str | None) -> blobs.BlobInfo:
     """The body as a blob; nothing is left of one that breaks off, is too large or is not what was promised."""
-    writer = await run_in_threadpool(blobs.Writer, db, limit=limit)
+    writer = await run_in_threadpool(blobs.Writer, db)
     try:
         size = 0
         async for piece in request.stream():
             size += len(piece)
+            room.check(size)
             if piece:
                 await run_in_threadpool(writer.feed, piece)
         declared = request.headers.get("content-length")
@@ -149,9 +162,9 @@ async def create_upload(
     if stored is not None:
         return await _again(request, stored)
     try:
-        declared = int(request.headers.get("content-length") or 0)
-        await run_in_threadpool(_check_quota, db, settings, caller.owner, declared)
-        info = await _stream(request, db, int(settings.max_upload_bytes), promised)
+        room = await run_in_threadpool(_room, db, settings, caller.owner)
+        room.check(int(request.headers.get("content-length") or 0))
+        info = await _stream(request, db, room, promised)
         return await run_in_threadpool(run.finish, lambda s: _named(s, caller, filename, info))
     except BaseException:
         with anyio.CancelScope(shield=True):
