@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["optimizer_state", "read", "restore_optimizer", "write"]
+__all__ = ["optimizer_state", "read", "read_planned", "restore_optimizer", "write"]
 
 
 def write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
@@ -40,6 +40,13 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = file.get_tensor(key)
     return groups, facts
+
+
+def read_planned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the plan in the header: what ``export.save_weights`` wrote."""
+    with safe_open(str(path), framework="pt") as file:
+        plan = json.loads(file.metadata()["plan"])
+        return {key: file.get_tensor(key) for key in file.keys()}, plan  # noqa: SIM118
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ import onnx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from search import report
 from search.metrics import Samples, forward
 from search.spec import ExportFormat, Metric, Plan, TensorInfo
+from tenfold import exporting
 from tenfold.applying import apply
 
 __all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx", "write_pt2"]
@@ -55,11 +55,13 @@ def export_all(
     module.eval()
     files: list[Path] = []
     if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
-        program = _program(module, lifted)
-        if ExportFormat.PT2 in formats:
-            files.append(write_pt2(program, out / "model.pt2"))
+        graph = write_pt2(module, lifted, out / "model.pt2")
         if ExportFormat.ONNX in formats:
-            files.append(write_onnx(program, [i.name for i in lifted.inputs], out / "model.onnx"))
+            files.append(write_onnx(graph, [i.name for i in lifted.inputs], out / "model.onnx"))
+        if ExportFormat.PT2 in formats:
+            files.insert(0, graph)
+        else:
+            graph.unlink()
     if ExportFormat.SAFETENSORS in formats:
         files += _write_weights(module, original, plan, lifted, out)
     if ExportFormat.REPORT in formats:
@@ -79,13 +81,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {site: chosen.model_dump(mode="json") for site, chosen in sorted(plan.items())}
 
 
-def write_pt2(program: ExportedProgram, path: Path) -> Path:
-    torch.export.save(program, path)
-    return path
+def write_pt2(module: nn.Module, lifted: Signature, path: Path) -> Path:
+    """As the client's own exporter writes it: the batch free where the network's is, nothing in it of this machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the batch cannot vary is known, and told in the model's layer table
+        return exporting.export(module, lifted.example(2 if lifted.batch == "any" else lifted.batch), path)
 
 
-def write_onnx(program: ExportedProgram, names: Sequence[str], path: Path) -> Path:
-    """One ONNX file at the exporter's own opset, without the stack traces that it puts beside every node."""
+def write_onnx(graph: Path, names: Sequence[str], path: Path) -> Path:
+    """One ONNX file of a ``.pt2`` of ours, at the exporter's own opset, without traces of where it was made."""
+    program = torch.export.load(graph)
     outputs = [f"output_{i}" if i else "output" for i in range(len(program.graph_signature.user_outputs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter uses what torch itself has deprecated
@@ -149,20 +154,6 @@ def describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"filename": path.name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _program(module: nn.Module, lifted: Signature) -> ExportedProgram:
-    """The exported graph, its batch free where the network's is; nothing in it of this machine."""
-    if lifted.batch == "any":
-        shapes = tuple({0: Dim.DYNAMIC} for _ in lifted.inputs)
-        program = torch.export.export(module, lifted.example(2), dynamic_shapes=shapes)
-    else:
-        program = torch.export.export(module, lifted.example(lifted.batch))
-    program._example_inputs = None
-    for graph in program.graph_module.modules():
-        for node in getattr(graph, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)
-    return program
 
 
 def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: Signature, out: Path) -> list[Path]:

@@ -7,6 +7,7 @@ scale), so that a drop, its interval and the metric itself never disagree.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +34,6 @@ __all__ = [
 Scores = np.ndarray[tuple[int], np.dtype[np.float64]]
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 
-Z95 = 1.959964
 TINY = 1e-12
 
 
@@ -131,13 +131,14 @@ def evaluate(
     return _against_targets(metric, y, targets)
 
 
-def paired_interval(metric: Metric, original: Scores, scores: Scores) -> Interval:
-    """95 % interval of the drop from per-sample scores of the same samples, (n,) each.
+def paired_interval(metric: Metric, original: Scores, scores: Scores, level: float = 0.95) -> Interval:
+    """Two-sided interval of the drop from per-sample scores of the same samples, (n,) each.
 
     Right-or-wrong scores: the matched-pairs interval of Agresti and Min (2005), which adds half a pair to each cell
     of the 2×2 table, so that it does not shrink to a point when no sample changed. Others: normal approximation of
     the mean difference; the MSE's relative increase by the delta method for a ratio of means.
     """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
     n = len(scores)
     if n != len(original):
         raise ValueError(f"paired scores must be of the same samples, got {len(original)} and {n}")
@@ -147,7 +148,7 @@ def paired_interval(metric: Metric, original: Scores, scores: Scores) -> Interva
         base = max(float(original.mean()), TINY)
         ratio = float(scores.mean()) / base
         spread = float(np.std((scores - ratio * original) / base, ddof=1)) / math.sqrt(n)
-        return Interval(low=ratio - 1 - Z95 * spread, high=ratio - 1 + Z95 * spread)
+        return Interval(low=ratio - 1 - z * spread, high=ratio - 1 + z * spread)
     worse = original - scores if higher_is_better(metric) else scores - original
     if _binary(original) and _binary(scores):
         lost, won = float((worse > 0).sum()) + 0.5, float((worse < 0).sum()) + 0.5
@@ -156,7 +157,7 @@ def paired_interval(metric: Metric, original: Scores, scores: Scores) -> Interva
         spread = math.sqrt(max(lost + won - (lost - won) ** 2 / total, 0.0)) / total
     else:
         centre, spread = float(worse.mean()), float(np.std(worse, ddof=1)) / math.sqrt(n)
-    return Interval(low=centre - Z95 * spread, high=centre + Z95 * spread)
+    return Interval(low=centre - z * spread, high=centre + z * spread)
 
 
 def class_last(logits: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -169,6 +170,7 @@ def _predictions(
     module: nn.Module, split: Samples, batch_size: int, device: torch.device | str, fixed_batch: int | None
 ) -> tuple[Tensor, Tensor | None]:
     training = module.training
+    home = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     module.to(device).eval()
     predicted: list[Tensor] = []
     targets: list[Tensor] = []
@@ -180,7 +182,7 @@ def _predictions(
                 if target is not None:
                     targets.append(target)
     finally:
-        module.train(training)
+        module.to(home).train(training)
     return torch.cat(predicted), torch.cat(targets) if targets else None
 
 

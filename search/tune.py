@@ -380,7 +380,7 @@ class _Training:
     def tidy(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         for network in (self.module, self.original):
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            network.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             network.eval()
 
 

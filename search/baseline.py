@@ -1,0 +1,77 @@
+"""Does the original behave as promised, and what may be lost of it?"""
+
+import math
+
+from search.errors import BadBaseline, BadRequest
+from search.metrics import Evaluation, drop, higher_is_better
+from search.spec import METRICS_OF_TASK, Budget, Metric, Task
+
+__all__ = ["allowed_drop", "check_baseline", "metric_of"]
+
+NORMALISATION = (
+    "The commonest cause is another normalisation than in training: check transform.scale, mean, std and layout, and "
+    "that the classes are numbered as they were then."
+)
+
+
+def metric_of(budget: Budget, task: Task) -> Metric:
+    """The budget's metric, or the task's own. Raises BadRequest for one that the task does not allow."""
+    allowed = METRICS_OF_TASK[task]
+    if budget.metric is None:
+        return allowed[0]
+    if budget.metric not in allowed:
+        raise BadRequest(
+            "metric_not_of_task",
+            f"the budget's metric is {budget.metric}, but the data's task is {task}, which is measured by "
+            f"{' or '.join(allowed)}: change the metric or the data's task",
+        )
+    return budget.metric
+
+
+def allowed_drop(budget: Budget, metric: Metric, original: float) -> float:
+    """The budget as a drop from the ``original`` value on some split."""
+    if budget.max_drop is not None:
+        return budget.max_drop
+    assert budget.min_value is not None  # noqa: S101 - the budget has exactly one
+    return drop(metric, original, budget.min_value)
+
+
+def check_baseline(
+    budget: Budget, metric: Metric, select: Evaluation, verify: Evaluation, commonest: float | None
+) -> None:
+    """Raise BadBaseline when the original cannot be what its owner thinks it is.
+
+    ``commonest``: share of the commonest class on the select split; None when there are no classes.
+    """
+    if not (select.finite and verify.finite):
+        raise BadBaseline("baseline_not_finite", f"the original itself gives non-finite outputs here. {NORMALISATION}")
+    value, n = select.value, len(select.scores)
+    if metric is Metric.ACCURACY and commonest is not None:
+        error = math.sqrt(commonest * (1 - commonest) / n)
+        if value <= commonest + 2 * error:
+            raise BadBaseline(
+                "baseline_suspicious",
+                f"the original's accuracy is {value:.4f} on the {n} samples of the select split, no better than always "
+                f"answering the commonest class ({commonest:.4f}). {NORMALISATION}",
+            )
+    if budget.expect is not None and abs(value - budget.expect) > _tolerance(metric, budget.expect, select):
+        raise BadBaseline(
+            "baseline_suspicious",
+            f"the original's {metric} is {value:.4f} on the select split, but {budget.expect:.4f} was expected. "
+            f"{NORMALISATION} Or correct budget.expect.",
+        )
+    if budget.min_value is not None:
+        sign = 1 if higher_is_better(metric) else -1
+        for name, seen in (("select", select), ("verify", verify)):
+            if sign * seen.value < sign * budget.min_value:
+                raise BadBaseline(
+                    "budget_unreachable",
+                    f"min_value asks for {metric} {budget.min_value:g}, but the original itself has {seen.value:.4f} "
+                    f"on the {name} split: ask for less, or for a max_drop",
+                )
+
+
+def _tolerance(metric: Metric, expect: float, seen: Evaluation) -> float:
+    """How far off still counts as the same: sampling noise (three standard errors), and a little on top."""
+    noise = 3 * float(seen.scores.std()) / math.sqrt(len(seen.scores))
+    return max(0.02 if higher_is_better(metric) else 0.1 * abs(expect), noise)

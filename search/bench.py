@@ -1,0 +1,124 @@
+"""What every step of a job works with, read or measured once for each process: model, data, the original's answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from search import checkpoints, cost
+from search.data import Data
+from search.intake import LiftedModel
+from search.metrics import Evaluation, Samples, evaluate, outputs
+from search.spec import JobSpec, Metric, Plan, SitePlan, Task
+from search.tune import Runtime
+from tenfold.applying import apply
+
+__all__ = ["Bench", "Report", "read_weights"]
+
+Report = Callable[[str, float, float], None]
+
+LATENCY_BATCH = 32
+"""Samples in the batch whose latency is measured, where the network takes any."""
+CALIBRATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Bench:
+    lifted: LiftedModel
+    data: Data
+    spec: JobSpec
+    metric: Metric
+    runtime: Runtime
+    report: Report
+    scratch: Path
+
+    @property
+    def original(self) -> fx.GraphModule:
+        return self.lifted.module
+
+    @cached_property
+    def calibration(self) -> list[tuple[Tensor, ...]]:
+        """The inputs that statistics are taken on, as whole batches."""
+        size = self.runtime.fixed_batch or CALIBRATION_BATCH
+        rows = self.spec.search.calibration_samples
+        batches = [
+            inputs
+            for inputs, _ in self.data.train.batches(size, shuffle=self.spec.search.seed, limit=rows)
+            if self.runtime.fixed_batch is None or len(inputs[0]) == size
+        ]
+        if not batches:  # fewer rows than the network's only batch size: repeat the last one
+            inputs = next(iter(self.data.train.batches(size)))[0]
+            batches = [tuple(torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in inputs)]
+        return batches
+
+    @cached_property
+    def example(self) -> tuple[Tensor, ...]:
+        """The inputs that costs are counted on."""
+        return self.lifted.example(self.runtime.fixed_batch or 1)
+
+    @cached_property
+    def latency_batch(self) -> int:
+        return self.runtime.fixed_batch or LATENCY_BATCH
+
+    @cached_property
+    def original_costs(self) -> tuple[int, int, int]:
+        """Parameters, MACs and bytes of the original."""
+        counted = cost.count(self.original, self.example)
+        return counted.parameters, counted.macs, counted.bytes
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The original's outputs on the select split."""
+        return self._outputs(self.data.select)
+
+    @cached_property
+    def _verify_reference(self) -> Tensor:
+        return self._outputs(self.data.verify)
+
+    @cached_property
+    def on_select(self) -> Evaluation:
+        """The original on the select split."""
+        return self.select(self.original)
+
+    @cached_property
+    def on_verify(self) -> Evaluation:
+        return self.verify(self.original)
+
+    def select(self, network: nn.Module) -> Evaluation:
+        return self._evaluate(network, self.data.select, self.reference if self.relative else None)
+
+    def verify(self, network: nn.Module) -> Evaluation:
+        return self._evaluate(network, self.data.verify, self._verify_reference if self.relative else None)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the metric compares with the original's own outputs."""
+        return self.metric in (Metric.AGREEMENT, Metric.OUTPUT_ERROR)
+
+    @property
+    def classes(self) -> bool:
+        """Whether outputs are logits."""
+        return self.data.task is Task.CLASSIFICATION or self.metric is Metric.AGREEMENT
+
+    def _evaluate(self, network: nn.Module, split: Samples, reference: Tensor | None) -> Evaluation:
+        return evaluate(
+            network,
+            split,
+            self.metric,
+            original=reference,
+            device=self.runtime.device,
+            fixed_batch=self.runtime.fixed_batch,
+        )
+
+    def _outputs(self, split: Samples) -> Tensor:
+        return outputs(self.original, split, device=self.runtime.device, fixed_batch=self.runtime.fixed_batch)
+
+
+def read_weights(original: nn.Module, path: Path) -> tuple[nn.Module, Plan]:
+    """The network that ``export.save_weights`` stored, and its plan."""
+    tensors, plan = checkpoints.read_planned(path)
+    network = apply(original, plan, tensors).eval()
+    return network, {site: SitePlan.model_validate(entry) for site, entry in plan.items()}

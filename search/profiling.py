@@ -1,0 +1,256 @@
+"""What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from search.bench import Bench
+from search.calibrate import Statistics, collect
+from search.chains import follow
+from search.decompose import METHODS
+from search.errors import BadRequest
+from search.metrics import class_last, forward
+from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice
+from search.surgery import replace
+from search.vbmf import evbmf_rank
+
+__all__ = ["measure_sites", "methods_of"]
+
+STATISTICS_BYTES = 1 << 30
+"""Of second moments held at a time; more layers take another pass over the calibration data."""
+PROBE_ERROR = 0.1
+"""Relative output error at which a layer's effect on the loss is measured."""
+PROBE_ROWS = 256
+PROBE_S = 60.0
+"""About how long the measuring of effects may take."""
+
+
+def methods_of(bench: Bench) -> tuple[str, ...]:
+    """The methods that the job may use. Raises BadRequest for one that does not exist."""
+    if bench.spec.methods == "auto":
+        return tuple(METHODS)
+    unknown = [m for m in bench.spec.methods if m not in METHODS]
+    if unknown:
+        raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(METHODS)}")
+    return bench.spec.methods
+
+
+def measure_sites(bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan) -> tuple[SiteChoice, ...]:
+    """The choices of every layer that may change, on the ``start`` network of a stage (dense layers throughout).
+
+    ``kept``: what the stage's network has already, and what is fixed; those points are on the curves too, so that
+    costs can be told exactly. Raises BadRequest when no layer may change, or a fixed plan does not fit its layer.
+    """
+    fixed = bench.spec.layers.fixed
+    for site, chosen in fixed.items():
+        _check_fixed(site, chosen.method, start)
+    methods = methods_of(bench)
+    wanted: dict[str, LayerInfo] = {}
+    for layer in layers:
+        if layer.name in fixed or (layer.compressible and _may_change(bench, layer.name)):
+            wanted[layer.name] = layer
+    if not any(name not in fixed for name in wanted) and not fixed:
+        raise _nothing_to_do(bench, layers)
+    importance = _importance(start)
+    found: list[SiteChoice] = []
+    probe = _Probe(bench, start)
+    for group in _groups(start, list(wanted)):
+        statistics = collect(start, group, bench.calibration)
+        for name in group:
+            bench.report(f"profiling {name}", len(found), len(wanted))
+            own = {kept[name].method, *methods} if name in kept else set(methods)
+            choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept)
+            if choice.curves:
+                rise = probe.sensitivity(choice, statistics[name], importance.get(name), len(wanted))
+                found.append(choice.model_copy(update={"sensitivity": rise}))
+    if not found:
+        raise _nothing_to_do(bench, layers)
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    return tuple(sorted(found, key=lambda c: order[c.site]))
+
+
+def _choice(
+    info: LayerInfo,
+    network: nn.Module,
+    methods: Sequence[str],
+    statistics: Statistics,
+    importance: Tensor | None,
+    kept: Plan,
+) -> SiteChoice:
+    layer = network.get_submodule(info.name)
+    weight = _weight(layer)
+    positions = max(1, info.macs // weight.numel())
+    curves: dict[str, tuple[CurvePoint, ...]] = {}
+    evbmf: dict[str, tuple[int, ...]] = {}
+    for name in methods:
+        method = METHODS[name]
+        if method.applies_to(layer) is not None:
+            continue
+        curve = method.curve(layer, statistics, positions, metric=importance)
+        if info.name in kept and kept[info.name].method == name:
+            ranks = kept[info.name].ranks
+            cost = method.cost(layer, ranks, positions, input_sizes=statistics.input_sizes)
+            curve = _with_start(curve, ranks, cost)
+        if curve:
+            curves[name] = curve
+            evbmf[name] = _evbmf(name, weight.detach(), int(getattr(layer, "groups", 1)))
+    return SiteChoice(
+        site=info.name, dense_parameters=info.parameters, dense_macs=info.macs, curves=curves, evbmf=evbmf
+    )
+
+
+def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tuple[int, int]) -> tuple[CurvePoint, ...]:
+    """The curve with the stage's own starting point on it, which is exact: its weight has just these ranks."""
+    if any(p.ranks == ranks for p in curve):
+        return curve
+    start = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=0.0)
+    return tuple(sorted((*curve, start), key=lambda p: (p.parameters, p.macs)))
+
+
+def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
+    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups."""
+
+    def rank(by: str) -> int:
+        return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in weight.double().chunk(groups)))
+
+    if method == "tucker2":
+        return rank("in"), rank("out")
+    if method == "svd_input":
+        return (rank("in"),)
+    return (rank("rows" if method == "spatial_svd" else "out"),)
+
+
+def _unfolded(weight: Tensor, by: str) -> Tensor:
+    """(out, in, *kernel) as a matrix: outputs, inputs, or (inputs, kernel rows) apart from the rest."""
+    if by == "in":
+        return weight.transpose(0, 1).flatten(1)
+    if by == "rows":
+        return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    return weight.flatten(1)
+
+
+def _importance(network: nn.Module) -> dict[str, Tensor]:
+    """(out,) weights of a layer's outputs: the squared scale that a batch norm right behind gives each."""
+    found: dict[str, Tensor] = {}
+    if not isinstance(network, fx.GraphModule):
+        return found
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        chain = follow(node, modules) if node.op == "call_module" else None
+        if chain is None or chain.norm is None:
+            continue
+        norm = modules[chain.norm]
+        scale = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        found[str(node.target)] = scale.detach().square()
+    return found
+
+
+class _Probe:
+    """Measures what an error at one layer does to the loss: a real truncation, put in and taken out again."""
+
+    def __init__(self, bench: Bench, start: nn.Module) -> None:
+        self.bench = bench
+        self.network = copy.deepcopy(start).eval()
+        began = time.perf_counter()
+        self.inputs = tuple(torch.cat(xs)[:PROBE_ROWS] for xs in zip(*bench.calibration, strict=True))
+        self.original = self._answers(bench.original)
+        self.pass_s = time.perf_counter() - began
+        self.base = self._loss()
+
+    def sensitivity(self, choice: SiteChoice, statistics: Statistics, importance: Tensor | None, sites: int) -> float:
+        """Rise of the loss per unit of relative output error at this site, not below zero."""
+        if self.pass_s * sites > PROBE_S:
+            self._shrink(self.pass_s * sites / PROBE_S)
+        points = [(m, p) for m, curve in choice.curves.items() for p in curve if p.error > 0]
+        if not points:
+            return 0.0
+        method, point = min(points, key=lambda mp: abs(math.log(mp[1].error / PROBE_ERROR)))
+        layer = self.network.get_submodule(choice.site)
+        fit = METHODS[method].factorize(layer, point.ranks, statistics, metric=importance)
+        replace(self.network, choice.site, fit.module.eval())
+        rise = self._loss() - self.base
+        replace(self.network, choice.site, layer)
+        return max(rise, 0.0) / point.error if math.isfinite(rise) else 1.0 / point.error
+
+    def _shrink(self, factor: float) -> None:
+        """Fewer samples, where all sites together would take too long."""
+        fixed = self.bench.runtime.fixed_batch
+        rows = max(fixed or 16, int(len(self.inputs[0]) / factor))
+        self.pass_s = 0.0
+        if rows < len(self.inputs[0]):
+            self.inputs = tuple(x[:rows] for x in self.inputs)
+            self.original = self.original[:rows]
+            self.base = self._loss()
+
+    def _answers(self, network: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return forward(network.eval(), self.inputs, self.bench.runtime.fixed_batch).float()
+
+    def _loss(self) -> float:
+        """KL from the original's answers in nats, or the relative squared error."""
+        answers, wanted = self._answers(self.network), self.original
+        if self.bench.classes:
+            y, t = class_last(answers).log_softmax(-1), class_last(wanted).log_softmax(-1)
+            return float(F.kl_div(y, t, log_target=True, reduction="none").sum(-1).mean())
+        return float((answers - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12))
+
+
+def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose second moments fit in memory together."""
+    group: list[str] = []
+    used = 0
+    for name in names:
+        layer = network.get_submodule(name)
+        weight = _weight(layer)
+        width = weight[0].numel()
+        size = 8 * (int(getattr(layer, "groups", 1)) * width * width + len(weight) * width)
+        if group and used + size > STATISTICS_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    if group:
+        yield group
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.get_parameter("weight")
+    return weight
+
+
+def _may_change(bench: Bench, name: str) -> bool:
+    layers = bench.spec.layers
+    return any(fnmatchcase(name, p) for p in layers.include) and not any(fnmatchcase(name, p) for p in layers.exclude)
+
+
+def _check_fixed(site: str, method: str, network: nn.Module) -> None:
+    try:
+        layer = network.get_submodule(site)
+    except AttributeError:
+        raise BadRequest("unknown_site", f"layers.fixed names {site!r}, which is no layer of this network") from None
+    if method not in METHODS:
+        raise BadRequest("unknown_method", f"layers.fixed: {site}: no method {method!r}; there are {sorted(METHODS)}")
+    reason = METHODS[method].applies_to(layer)
+    if reason is not None:
+        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
+
+
+def _nothing_to_do(bench: Bench, layers: Sequence[LayerInfo]) -> BadRequest:
+    able = [layer.name for layer in layers if layer.compressible]
+    if not able:
+        reasons: Mapping[str, str] = {layer.name: layer.reason for layer in layers if layer.reason}
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3]) or "it has no layers"
+        return BadRequest("no_compressible_layer", f"this network has no layer that can be made smaller ({some})")
+    return BadRequest(
+        "no_compressible_layer",
+        f"of {len(able)} compressible layers none may change with include {list(bench.spec.layers.include)}, exclude "
+        f"{list(bench.spec.layers.exclude)} and methods {bench.spec.methods!r}: widen them",
+    )

@@ -1,0 +1,333 @@
+"""The facade that a compute process works through: one job's model and data, opened once, and what is asked of them."""
+
+import hashlib
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from search import baseline, cost, export, profiling, reload, trial
+from search.bench import Bench, Report, read_weights
+from search.data import fitted, read_data
+from search.errors import BadRequest
+from search.intake import load_model
+from search.layers import describe, layer_table
+from search.metrics import drop
+from search.spec import (
+    Costs,
+    DataInfo,
+    DataSpec,
+    ExportFormat,
+    JobSpec,
+    LayerInfo,
+    ModelInfo,
+    Plan,
+    Profile,
+    Rung,
+    Task,
+    TrialRecord,
+    TrialResult,
+    TrialWork,
+)
+from search.surgery import dense_of
+from search.tune import Runtime
+from tenfold.layers import FactorizedLayer
+
+__all__ = ["Session", "inspect_data", "inspect_model"]
+
+FORMAT_OF_FILE = {
+    "model.pt2": ExportFormat.PT2,
+    "model.onnx": ExportFormat.ONNX,
+    "model.safetensors": ExportFormat.SAFETENSORS,
+    "plan.json": ExportFormat.SAFETENSORS,
+}
+VERSIONS = ("tenfold-server", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "optuna")
+
+
+def inspect_model(path: Path, format: str, architecture: dict[str, Any] | None, scratch: Path) -> ModelInfo:
+    """What an uploaded model is. Raises BadModel or Refused."""
+    return describe(load_model(path, format=format, architecture=architecture, scratch=_made(scratch)))
+
+
+def inspect_data(path: Path, spec: DataSpec, scratch: Path) -> DataInfo:
+    """What an uploaded data set is. Raises BadData."""
+    return read_data(path, spec, scratch=_made(scratch)).info
+
+
+class Session:
+    """A job as seen by one process.
+
+    Raises on opening: BadModel, BadData (also when the data does not fit the model), BadRequest (a metric that the
+    task does not allow, an unknown method). ``report(message, done, of)`` is told of progress; ``latency_lock`` is
+    a descriptor of the host's lock file; ``save`` is told of each checkpoint file of a fine-tuning.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        data_path: Path,
+        *,
+        model_format: str = "auto",
+        architecture: dict[str, Any] | None = None,
+        data_spec: DataSpec,
+        spec: JobSpec,
+        scratch: Path,
+        report: Report | None = None,
+        latency_lock: int | None = None,
+        save: Callable[[Path], None] | None = None,
+        device: str | None = None,
+    ) -> None:
+        lifted = load_model(
+            model_path, format=model_format, architecture=architecture, scratch=_made(scratch / "model")
+        )
+        lifted.module.eval()
+        data = fitted(read_data(data_path, data_spec, scratch=_made(scratch / "data")), describe(lifted))
+        self._inputs = {"model sha256": _sha256(model_path), "data sha256": _sha256(data_path)}
+        self._data_spec, self._save = data_spec, save
+        self._layers: tuple[LayerInfo, ...] | None = None
+        runtime = Runtime(
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            fixed_batch=lifted.batch if isinstance(lifted.batch, int) else None,
+            latency_lock=latency_lock,
+        )
+        metric = baseline.metric_of(spec.budget, data.task)
+        self.bench = Bench(lifted, data, spec, metric, runtime, report or _silent, scratch)
+        profiling.methods_of(self.bench)
+
+    def profile(self, stage: int, parent: Path | None) -> Profile:
+        """Measure the network that a stage starts from. ``parent``: its weights; None: the original.
+
+        Raises BadBaseline when the original does not behave as promised, BadRequest when nothing may change.
+        """
+        began = time.monotonic()
+        bench, budget = self.bench, self.bench.spec.budget
+        if stage > 0 and parent is None:
+            raise BadRequest("lost_reference", f"stage {stage} needs the weights of the network that it starts from")
+        bench.report("measuring the original", 0, 1)
+        original = bench.on_select
+        baseline.check_baseline(budget, bench.metric, original, bench.on_verify, self._commonest_class())
+        start: nn.Module = bench.original
+        kept: Plan = dict(bench.spec.layers.fixed)
+        value = original.value
+        if parent is not None:
+            compressed, plan = read_weights(bench.original, parent)
+            kept = {**plan, **kept}
+            value = bench.select(compressed).value
+            start = dense_of(compressed)
+        sites = profiling.measure_sites(bench, self._layer_table(), start, kept)
+        parameters, macs, stored = bench.original_costs
+        _, dense_ms = trial.measure_latency(bench, bench.original)
+        return Profile(
+            stage=stage,
+            metric=bench.metric,
+            value=value,
+            verify_value=bench.on_verify.value,
+            max_drop=max(0.0, baseline.allowed_drop(budget, bench.metric, original.value)),
+            costs=Costs(parameters=parameters, macs=macs, bytes=stored, latency_ms=dense_ms, dense_latency_ms=dense_ms),
+            sites=sites,
+            seconds=time.monotonic() - began,
+            notes=bench.data.info.notes,
+        )
+
+    def trial(
+        self,
+        work: TrialWork,
+        profile: Profile,
+        parent: Path | None,
+        weights: Path | None,
+        checkpoint: Path | None,
+        out: Path,
+    ) -> TrialResult:
+        """Carry out one rung of one candidate; see ``search.trial.run``."""
+        return trial.run(
+            self.bench, work, parent=parent, weights=weights, checkpoint=checkpoint, out=out, save=self._save
+        )
+
+    def refine(
+        self,
+        record: TrialRecord,
+        profile: Profile,
+        parent: Path | None,
+        weights: Path | None,
+        checkpoint: Path | None,
+        out: Path,
+    ) -> TrialResult:
+        """The full recipe for a candidate, and its check on the verify split."""
+        work = TrialWork(
+            number=record.number,
+            stage=record.stage,
+            parent=record.parent,
+            params=record.params,
+            plan=record.plan,
+            rung=Rung.FULL,
+        )
+        return self.trial(work, profile, parent, weights, checkpoint, out)
+
+    def export(
+        self,
+        record: TrialRecord,
+        weights: Path | None,
+        profile: Profile,
+        out: Path,
+        *,
+        parent: Path | None = None,
+        front: Sequence[TrialRecord] = (),
+    ) -> list[dict[str, Any]]:
+        """Write the job's formats of one candidate into ``out``: ``[{"format", "filename", "facts"}]``.
+
+        ``weights``: the candidate's; None builds it anew (from ``parent`` at a later stage). ``front``: what the
+        report draws around it. Beside loadable files lie ``check.npz`` and ``reload.py``, which measure them again.
+        """
+        bench, formats = self.bench, self.bench.spec.export
+        out.mkdir(parents=True, exist_ok=True)
+        if weights is None:
+            network, plan = trial.build(bench, record.plan, parent), record.plan
+        else:
+            network, plan = read_weights(bench.original, weights)
+        facts = self._facts(record, network, plan, front)
+        bench.report("writing files", 0, 1)
+        files = export.export_all(network, bench.original, plan, bench.lifted, out, formats, facts)
+        if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
+            files.append(self._write_check(network, out / "check.npz"))
+            files.append(Path(shutil.copy(reload.__file__, out / "reload.py")))
+        measured = {key: facts["after"][key] for key in ("verify_value", "latency_ms")}
+        return [
+            {
+                "format": FORMAT_OF_FILE.get(file.name, ExportFormat.REPORT).value,
+                "filename": file.name,
+                "facts": measured,
+            }
+            for file in files
+        ]
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    def _layer_table(self) -> tuple[LayerInfo, ...]:
+        if self._layers is None:
+            self._layers = layer_table(self.bench.lifted)
+        return self._layers
+
+    def _commonest_class(self) -> float | None:
+        targets = self.bench.data.select.targets
+        if self.bench.data.task is not Task.CLASSIFICATION or targets is None:
+            return None
+        return float(targets.flatten().bincount().max() / targets.numel())
+
+    def _write_check(self, network: nn.Module, path: Path) -> Path:
+        bench = self.bench
+        return export.write_check(
+            network,
+            bench.data.verify,
+            bench.metric,
+            path,
+            reference=bench.original if bench.relative else None,
+            fixed_batch=bench.runtime.fixed_batch,
+        )
+
+    def _facts(
+        self, record: TrialRecord, network: nn.Module, plan: Plan, front: Sequence[TrialRecord]
+    ) -> dict[str, Any]:
+        """Everything that the report says."""
+        bench = self.bench
+        parameters, macs, stored = bench.original_costs
+        now = cost.count(network, bench.example)
+        mine_ms, dense_ms = trial.measure_latency(bench, network)
+        seen, checked = bench.select(network), bench.verify(network)
+        full = record.results.get(Rung.FULL)
+        last = full or record.results.get(record.rung)
+        return {
+            "before": {
+                "value": bench.on_select.value,
+                "verify_value": bench.on_verify.value,
+                "parameters": parameters,
+                "macs": macs,
+                "bytes": stored,
+                "latency_ms": dense_ms,
+            },
+            "after": {
+                "value": seen.value,
+                "verify_value": checked.value,
+                "parameters": now.parameters,
+                "macs": now.macs,
+                "bytes": now.bytes,
+                "latency_ms": mine_ms,
+            },
+            "latency_batch": bench.latency_batch,
+            "budget": {
+                "metric": bench.metric.value,
+                "max_drop": baseline.allowed_drop(bench.spec.budget, bench.metric, bench.on_verify.value),
+                "verify_drop": drop(bench.metric, bench.on_verify.value, checked.value) if full else None,
+                "verify_interval": full.verify_interval.model_dump() if full and full.verify_interval else None,
+                "keeps_budget": full.keeps_budget if full else None,
+            },
+            "trial": record.model_dump(mode="json", include={"number", "stage", "parent", "params", "rung"}),
+            "layers": self._layer_facts(network, plan),
+            "front": [_point(r) for r in front if r.results.get(r.rung) is not None],
+            "curve": [r.model_dump() for r in last.curve] if last else [],
+            "notes": [*(last.notes if last else ()), *bench.data.info.notes, *bench.lifted.skipped],
+            "inputs": self._inputs,
+            "seeds": {"search": bench.spec.search.seed, "data": self._data_spec.seed},
+            "versions": _versions(),
+            "request": {
+                "job": bench.spec.model_dump(mode="json"),
+                "data": self._data_spec.model_dump(mode="json"),
+            },
+        }
+
+    def _layer_facts(self, network: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+        facts = []
+        for layer in self._layer_table():
+            module = network.get_submodule(layer.name)
+            changed = isinstance(module, FactorizedLayer)
+            facts.append(
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "method": plan[layer.name].method if changed else None,
+                    "ranks": list(plan[layer.name].ranks) if changed else [],
+                    "dense_parameters": layer.parameters,
+                    "parameters": cost.parameters(module),
+                }
+            )
+        return facts
+
+
+def _point(record: TrialRecord) -> Mapping[str, Any]:
+    result = record.results[record.rung]
+    return {
+        "number": record.number,
+        "rung": record.rung.value,
+        "value": result.value,
+        "parameters": result.costs.parameters,
+        "macs": result.costs.macs,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _silent(message: str, done: float, of: float) -> None:
+    return None

@@ -1,0 +1,249 @@
+"""One candidate at one rung: decompose → reconstruct → recalibrate → fine-tune → evaluate → count."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from search import cost, latency
+from search.baseline import allowed_drop
+from search.bench import Bench, read_weights
+from search.decompose import METHODS
+from search.export import save_weights
+from search.metrics import Evaluation, drop, higher_is_better, paired_interval
+from search.reconstruct import recalibrate_batch_norm, reconstruct
+from search.spec import (
+    Cost,
+    Costs,
+    EpochRecord,
+    Interval,
+    Outcome,
+    Plan,
+    Rung,
+    TrialResult,
+    TrialWork,
+)
+from search.surgery import dense_of
+from search.tune import fine_tune
+
+__all__ = ["build", "measure_latency", "run"]
+
+Save = Callable[[Path], None]
+
+KEPT_BYTES = 8 << 20
+"""Weights of a cheap trial are kept if they are no more than this: building them again is cheap too."""
+SEED_RANGE = 2**31
+
+
+@dataclass
+class _Findings:
+    """What is known of a trial, filled as it goes on."""
+
+    costs: Costs
+    outcome: Outcome = Outcome.OK
+    seen: Evaluation | None = None
+    curve: tuple[EpochRecord, ...] = ()
+    epochs: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def run(
+    bench: Bench,
+    work: TrialWork,
+    *,
+    parent: Path | None,
+    weights: Path | None,
+    checkpoint: Path | None,
+    out: Path,
+    save: Save | None = None,
+) -> TrialResult:
+    """Carry out ``work`` and write ``out/weights.safetensors`` (a large network's only once it was trained).
+
+    ``parent``: the weights that the stage starts from; ``weights``: this candidate's own from an earlier rung, to go
+    on from; ``checkpoint``: of this very fine-tuning, when an earlier attempt was cut off; ``save`` is told whenever
+    a new one lies in ``out``. A failure of the run is an outcome, not an exception.
+    """
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    parameters, macs, stored = bench.original_costs
+    found = _Findings(Costs(parameters=parameters, macs=macs, bytes=stored))
+    if work.stage > 0 and parent is None and weights is None:
+        found.outcome = Outcome.LOST_REFERENCE
+        return _result(bench, work, found, began, None)
+    network: nn.Module | None = None
+    try:
+        network = _network(bench, work, parent, weights, found)
+        _train(bench, work, network, checkpoint, out, save, found)
+        _measure(bench, work, network, found)
+    except torch.linalg.LinAlgError as error:
+        found.outcome = Outcome.NON_FINITE
+        found.notes.append(f"no factors could be found: {error}")
+        return _result(bench, work, found, began, None)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _out_of_memory(bench, work, found, began, error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return _out_of_memory(bench, work, found, began, error)
+    if work.rung is not Rung.CHEAP or found.costs.bytes <= KEPT_BYTES:
+        save_weights(network, work.plan, out / "weights.safetensors")
+    return _result(bench, work, found, began, network)
+
+
+def build(bench: Bench, plan: Plan, parent: Path | None) -> nn.Module:
+    """The network of ``plan`` without any training: from the original, or from a stage's start made dense."""
+    start: nn.Module = bench.original
+    if parent is not None:
+        start = dense_of(read_weights(bench.original, parent)[0])
+    for site, chosen in plan.items():
+        if chosen.method not in METHODS:
+            raise ValueError(f"{site}: no method {chosen.method!r}")
+    return reconstruct(bench.original, start, plan, lambda: bench.calibration).eval()
+
+
+def measure_latency(bench: Bench, network: nn.Module) -> tuple[float, float]:
+    """(network's, original's) median milliseconds of a batch on the CPU or the device, under the host's lock."""
+    bench.report("measuring latency", 0, 1)
+    device = bench.runtime.device
+    example = tuple(x.to(device) for x in bench.lifted.example(bench.latency_batch))
+    try:
+        return latency.measure(bench.original.to(device), network.to(device), example, lock=bench.runtime.latency_lock)
+    finally:
+        bench.original.to("cpu")
+        network.to("cpu")
+
+
+def _network(bench: Bench, work: TrialWork, parent: Path | None, weights: Path | None, found: _Findings) -> nn.Module:
+    if weights is not None:
+        bench.report("loading the candidate", 0, 1)
+        network, _ = read_weights(bench.original, weights)
+        found.seen = bench.select(network)
+    else:
+        bench.report(f"decomposing {len(work.plan)} layers", 0, 1)
+        network = build(bench, work.plan, parent)
+        bench.report("evaluating", 0, 1)
+        found.seen = bench.select(network)
+        network = _recalibrated(bench, network, found)
+    found.costs = cost.count(network, bench.example)
+    return network
+
+
+def _recalibrated(bench: Bench, network: nn.Module, found: _Findings) -> nn.Module:
+    """With batch norms' statistics taken anew, if that is better on the select split."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not any(isinstance(m, norms) for m in network.modules()):
+        return network
+    other = recalibrate_batch_norm(network, bench.calibration)
+    seen = bench.select(other)
+    assert found.seen is not None  # noqa: S101 - evaluated just before
+    if seen.finite and (not found.seen.finite or _rank(bench, seen) > _rank(bench, found.seen)):
+        found.seen = seen
+        found.notes.append("batch norm statistics were taken anew")
+        return other
+    return network
+
+
+def _rank(bench: Bench, seen: Evaluation) -> tuple[float, float]:
+    return (seen.value if higher_is_better(bench.metric) else -seen.value, -seen.loss)
+
+
+def _train(
+    bench: Bench,
+    work: TrialWork,
+    network: nn.Module,
+    checkpoint: Path | None,
+    out: Path,
+    save: Save | None,
+    found: _Findings,
+) -> None:
+    recipe = bench.spec.fine_tune
+    epochs = {Rung.CHEAP: 0.0, Rung.SHORT: recipe.short_epochs, Rung.FULL: recipe.epochs}[work.rung]
+    if epochs == 0:
+        return
+    tuned = fine_tune(
+        network,
+        bench.original,
+        bench.data,
+        recipe,
+        epochs=epochs,
+        seed=_seed(bench.spec.search.seed, work.number, work.rung),
+        metric=bench.metric,
+        checkpoint=checkpoint,
+        save=out / "checkpoint.safetensors" if save else None,
+        saved=save,
+        report=bench.report,
+        runtime=bench.runtime,
+        reference=bench.reference if bench.relative else None,
+    )
+    found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
+    found.notes += [*tuned.notes, f"trained in {tuned.precision}"]
+    found.seen = bench.select(network)
+
+
+def _measure(bench: Bench, work: TrialWork, network: nn.Module, found: _Findings) -> None:
+    if Cost.LATENCY in bench.spec.minimize or work.rung is Rung.FULL:
+        mine, dense = measure_latency(bench, network)
+        found.costs = found.costs.model_copy(update={"latency_ms": mine, "dense_latency_ms": dense})
+
+
+def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, network: nn.Module | None) -> TrialResult:
+    value: float | None = None
+    if found.seen is not None and found.outcome in (Outcome.OK, Outcome.DIVERGED):
+        if found.seen.finite:
+            value = found.seen.value
+        else:
+            found.outcome = Outcome.NON_FINITE
+    checked: dict[str, object] = {}
+    if work.rung is Rung.FULL and value is not None and network is not None:
+        bench.report("checking on the verify split", 0, 1)
+        checked = _verified(bench, network)
+    return TrialResult(
+        rung=work.rung,
+        outcome=found.outcome,
+        value=value,
+        drop=None if value is None else drop(bench.metric, bench.on_select.value, value),
+        loss=None if value is None or found.seen is None else found.seen.loss,
+        costs=found.costs,
+        seconds=time.monotonic() - began,
+        epochs=found.epochs,
+        curve=found.curve,
+        notes=tuple(found.notes),
+        **checked,  # type: ignore[arg-type]
+    )
+
+
+def _verified(bench: Bench, network: nn.Module) -> dict[str, object]:
+    """The check on data that nothing was chosen on."""
+    original, seen = bench.on_verify, bench.verify(network)
+    if not seen.finite:
+        return {"keeps_budget": False}
+    lost = drop(bench.metric, original.value, seen.value)
+    interval: Interval | None = None
+    decisive = lost
+    if len(seen.scores) > 1:
+        interval = paired_interval(bench.metric, original.scores, seen.scores)
+        if bench.spec.budget.confidence is not None:
+            level = bench.spec.budget.confidence
+            decisive = paired_interval(bench.metric, original.scores, seen.scores, level).high
+    allowed = allowed_drop(bench.spec.budget, bench.metric, original.value)
+    return {
+        "verify_value": seen.value,
+        "verify_drop": lost,
+        "verify_interval": interval,
+        "keeps_budget": decisive <= allowed + 1e-9,  # a drop of exactly the budget keeps it, whatever the rounding
+    }
+
+
+def _out_of_memory(bench: Bench, work: TrialWork, found: _Findings, began: float, error: BaseException) -> TrialResult:
+    found.outcome = Outcome.OUT_OF_MEMORY
+    found.notes.append(str(error).split("\n")[0][:300])
+    return _result(bench, work, found, began, None)
+
+
+def _seed(seed: int, number: int, rung: Rung) -> int:
+    digest = hashlib.sha256(f"{seed}/{number}/{rung}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % SEED_RANGE

@@ -1,0 +1,330 @@
+"""A job's science end to end, as the compute process asks it: profile, trials, refining, export, a second stage."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from search import reload
+from search.allocate import allocate
+from search.errors import BadBaseline, BadRequest
+from search.session import Session, inspect_data, inspect_model
+from search.spec import (
+    Budget,
+    Cost,
+    DataSpec,
+    FineTune,
+    JobSpec,
+    Layers,
+    Metric,
+    Outcome,
+    Plan,
+    Profile,
+    Rung,
+    SearchSpec,
+    SitePlan,
+    Task,
+    Transform,
+    TrialRecord,
+    TrialResult,
+    TrialState,
+    TrialWork,
+)
+from tenfold import exporting
+
+DATA = DataSpec(transform=Transform(scale=1 / 16), validation=0.3)
+JOB = JobSpec(
+    budget=Budget(max_drop=0.02),
+    fine_tune=FineTune(epochs=3, short_epochs=1, batch_size=64, learning_rate=0.03),
+    search=SearchSpec(calibration_samples=256),
+)
+
+
+class Digits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc1 = nn.Linear(512, 64)
+        self.fc2 = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.nn.functional.max_pool2d(torch.relu(self.conv2(x)), 2)
+        return self.fc2(torch.relu(self.fc1(x.flatten(1))))
+
+
+@dataclass
+class Uploads:
+    model: Path
+    data: Path
+    unlabelled: Path
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Uploads:
+    folder = tmp_path_factory.mktemp("uploads")
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 1, 8, 8).astype(np.float32)
+    np.savez(folder / "digits.npz", x=images, y=labels)
+    np.savez(folder / "unlabelled.npz", x=images)
+    torch.manual_seed(0)
+    network, x, y = Digits(), torch.from_numpy(images[:1000]) / 16, torch.from_numpy(labels[:1000])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(8):
+        for rows in torch.randperm(1000).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+    exporting.export(network, x[:2], folder / "digits.pt2")
+    return Uploads(folder / "digits.pt2", folder / "digits.npz", folder / "unlabelled.npz")
+
+
+def opened(uploads: Uploads, scratch: Path, spec: JobSpec = JOB, data_spec: DataSpec = DATA) -> Session:
+    data = uploads.data if data_spec.task is not Task.FIDELITY else uploads.unlabelled
+    return Session(uploads.model, data, data_spec=data_spec, spec=spec, scratch=scratch)
+
+
+@dataclass
+class Opened:
+    session: Session
+    profile: Profile
+    plan: Plan
+
+
+@pytest.fixture(scope="module")
+def job(uploads: Uploads, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    session = opened(uploads, tmp_path_factory.mktemp("scratch"))
+    profile = session.profile(0, None)
+    fixed = profile.costs.parameters - sum(s.dense_parameters for s in profile.sites)
+    return Opened(session, profile, allocate(profile.sites, 0.35, fixed_parameters=fixed))
+
+
+def work(plan: Plan, rung: Rung, stage: int = 0, parent: int | None = None) -> TrialWork:
+    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung)
+
+
+def record(plan: Plan, *results: TrialResult, stage: int = 0) -> TrialRecord:
+    return TrialRecord(
+        number=3,
+        stage=stage,
+        parent=None,
+        params={},
+        plan=plan,
+        state=TrialState.DONE,
+        rung=results[-1].rung,
+        results={r.rung: r for r in results},
+    )
+
+
+def test_inspection_tells_layers_and_splits(uploads: Uploads, tmp_path: Path) -> None:
+    model = inspect_model(uploads.model, "auto", None, tmp_path / "m")
+    assert [layer.name for layer in model.layers if layer.compressible][-3:] == ["conv2", "fc1", "fc2"]
+    splits = inspect_data(uploads.data, DATA, tmp_path / "d").splits
+    assert splits.train + splits.select + splits.verify == 1797
+
+
+def test_a_profile_has_the_baseline_and_curves_below_the_dense_cost(job: Opened) -> None:
+    profile = job.profile
+    assert profile.metric is Metric.ACCURACY
+    assert profile.value > 0.9
+    assert profile.max_drop == 0.02
+    assert profile.costs.parameters == 144 + 32 + 4640 + 32832 + 650
+    assert profile.costs.macs == 64 * 144 + 64 * 4608 + 512 * 64 + 640
+    assert profile.costs.latency_ms is not None
+    sites = {s.site: s for s in profile.sites}
+    assert {"conv2", "fc1"} <= set(sites)
+    assert set(sites["fc1"].curves) == {"svd"}
+    assert "tucker2" in sites["conv2"].curves
+    for site in profile.sites:
+        assert site.sensitivity >= 0
+        assert set(site.evbmf) == set(site.curves)
+        for curve in site.curves.values():
+            assert all(p.parameters < site.dense_parameters for p in curve)
+
+
+def test_the_layer_that_matters_more_is_measured_as_more_sensitive(job: Opened) -> None:
+    assert sum(s.sensitivity for s in job.profile.sites) > 0
+
+
+def test_costs_counted_on_the_built_network_are_those_predicted(job: Opened, tmp_path: Path) -> None:
+    result = job.session.trial(work(job.plan, Rung.CHEAP), job.profile, None, None, None, tmp_path)
+    predicted = job.profile.costs.parameters
+    macs = job.profile.costs.macs
+    for site in job.profile.sites:
+        if site.site in job.plan:
+            chosen = job.plan[site.site]
+            point = next(p for p in site.curves[chosen.method] if p.ranks == chosen.ranks)
+            predicted += point.parameters - site.dense_parameters
+            macs += point.macs - site.dense_macs
+    assert (result.costs.parameters, result.costs.macs) == (predicted, macs)
+
+
+def test_rungs_build_on_each_other_and_the_last_checks_the_budget(job: Opened, tmp_path: Path) -> None:
+    session, profile, plan = job.session, job.profile, job.plan
+    cheap = session.trial(work(plan, Rung.CHEAP), profile, None, None, None, tmp_path / "cheap")
+    weights = tmp_path / "cheap" / "weights.safetensors"
+    assert cheap.outcome is Outcome.OK
+    assert cheap.value is not None
+    assert cheap.drop == pytest.approx(profile.value - cheap.value)
+    assert cheap.costs.parameters <= 0.35 * profile.costs.parameters
+    assert cheap.verify_drop is None
+    short = session.trial(work(plan, Rung.SHORT), profile, None, weights, None, tmp_path / "short")
+    assert short.epochs == 1
+    assert short.value is not None
+    assert short.value >= cheap.value
+    full = session.refine(
+        record(plan, cheap, short), profile, None, tmp_path / "short" / "weights.safetensors", None, tmp_path / "full"
+    )
+    assert full.rung is Rung.FULL
+    assert [r.epoch for r in full.curve] == [1, 2, 3]
+    assert full.verify_interval is not None
+    assert full.verify_drop is not None
+    assert full.verify_interval.low <= full.verify_drop <= full.verify_interval.high
+    assert full.keeps_budget == (full.verify_drop <= 0.02 + 1e-9)
+    assert full.costs.latency_ms is not None
+
+
+def test_the_same_work_gives_the_same_network(job: Opened, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        job.session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / name)
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_path: Path) -> None:
+    session = job.session
+    result = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")
+    done = record(job.plan, result)
+    files = session.export(done, tmp_path / "t" / "weights.safetensors", job.profile, tmp_path / "out", front=[done])
+    assert [(f["format"], f["filename"]) for f in files] == [
+        ("pt2", "model.pt2"),
+        ("onnx", "model.onnx"),
+        ("safetensors", "model.safetensors"),
+        ("safetensors", "plan.json"),
+        ("report", "report.json"),
+        ("report", "report.html"),
+        ("report", "check.npz"),
+        ("report", "reload.py"),
+    ]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for name in ("model.pt2", "model.onnx"):
+        found = reload.check(tmp_path / "out" / name, tmp_path / "out" / "check.npz")
+        assert found["max_difference"] < 1e-4
+        assert found["value"] == pytest.approx(report["after"]["verify_value"], abs=0.005)
+    assert report["after"]["parameters"] == result.costs.parameters
+    assert {layer["name"] for layer in report["layers"] if layer["method"]} == set(job.plan)
+    assert len(report["inputs"]["model sha256"]) == 64
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opened, tmp_path: Path) -> None:
+    session = job.session
+    first = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")
+    parent = tmp_path / "t" / "weights.safetensors"
+    profile = session.profile(1, parent)
+    assert profile.stage == 1
+    assert profile.value == pytest.approx(first.value)
+    assert profile.costs.parameters == job.profile.costs.parameters
+    at_start = {}
+    for site in profile.sites:
+        if site.site in job.plan:
+            chosen = job.plan[site.site]
+            at_start[site.site] = next(p for p in site.curves[chosen.method] if p.ranks == chosen.ranks)
+    assert set(at_start) == set(job.plan)
+    same = session.trial(work(job.plan, Rung.CHEAP, 1, 3), profile, parent, None, None, tmp_path / "u")
+    assert same.costs.parameters == first.costs.parameters
+    assert same.drop is not None
+    assert same.drop <= 0.03  # nothing was cut: as good as the tuned network, but for the choice of statistics
+
+
+def test_a_lost_parent_is_an_outcome_with_advice(job: Opened, tmp_path: Path) -> None:
+    result = job.session.trial(work(job.plan, Rung.CHEAP, 1, 2), job.profile, None, None, None, tmp_path)
+    assert result.outcome is Outcome.LOST_REFERENCE
+    assert result.value is None
+
+
+def test_latency_is_measured_when_it_is_minimized(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
+    spec = JOB.model_copy(update={"minimize": (Cost.LATENCY,)})
+    result = opened(uploads, tmp_path, spec).trial(
+        work(job.plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "out"
+    )
+    assert result.costs.latency_ms is not None
+    assert result.costs.dense_latency_ms is not None
+
+
+def test_fidelity_needs_no_labels(uploads: Uploads, tmp_path: Path) -> None:
+    spec = JOB.model_copy(update={"budget": Budget(max_drop=0.05)})
+    session = opened(uploads, tmp_path, spec, DATA.model_copy(update={"task": Task.FIDELITY}))
+    profile = session.profile(0, None)
+    assert (profile.metric, profile.value) == (Metric.OUTPUT_ERROR, 0.0)
+    plan = {"fc1": SitePlan(method="svd", ranks=(16,))}
+    cheap = session.trial(work(plan, Rung.CHEAP), profile, None, None, None, tmp_path / "cheap")
+    short = session.trial(
+        work(plan, Rung.SHORT), profile, None, tmp_path / "cheap" / "weights.safetensors", None, tmp_path / "short"
+    )
+    assert cheap.value is not None
+    assert short.value is not None
+    assert 0 < short.value <= cheap.value < 0.2
+
+
+def failing_profile(uploads: Uploads, scratch: Path, data: DataSpec = DATA, **update: object) -> str:
+    session = opened(uploads, scratch, JOB.model_copy(update=update), data)
+    with pytest.raises((BadBaseline, BadRequest)) as raised:
+        session.profile(0, None)
+    return raised.value.code
+
+
+def test_a_value_that_the_original_does_not_reach_is_refused(uploads: Uploads, tmp_path: Path) -> None:
+    assert failing_profile(uploads, tmp_path, budget=Budget(min_value=0.9999)) == "budget_unreachable"
+
+
+def test_a_baseline_far_from_the_expected_is_suspicious(uploads: Uploads, tmp_path: Path) -> None:
+    assert failing_profile(uploads, tmp_path, budget=Budget(max_drop=0.01, expect=0.6)) == "baseline_suspicious"
+
+
+def test_a_wrong_normalisation_shows_as_a_baseline_near_chance(uploads: Uploads, tmp_path: Path) -> None:
+    wrong = DATA.model_copy(update={"transform": Transform(scale=1e-6, mean=(9.0,), std=(1.0,))})
+    assert failing_profile(uploads, tmp_path, wrong) == "baseline_suspicious"
+
+
+def test_excluding_every_layer_leaves_nothing_to_compress(uploads: Uploads, tmp_path: Path) -> None:
+    assert failing_profile(uploads, tmp_path, layers=Layers(exclude=("*",))) == "no_compressible_layer"
+
+
+def test_a_fixed_method_that_does_not_fit_is_refused(uploads: Uploads, tmp_path: Path) -> None:
+    fixed = {"fc1": SitePlan(method="tucker2", ranks=(2, 2))}
+    assert failing_profile(uploads, tmp_path, layers=Layers(fixed=fixed)) == "method_does_not_apply"
+
+
+def test_only_included_layers_and_methods_are_profiled(uploads: Uploads, tmp_path: Path) -> None:
+    spec = JOB.model_copy(update={"layers": Layers(include=("conv*",)), "methods": ("svd",)})
+    profile = opened(uploads, tmp_path, spec).profile(0, None)
+    assert {s.site for s in profile.sites} <= {"conv1", "conv2"}
+    assert {m for s in profile.sites for m in s.curves} == {"svd"}
+
+
+@pytest.mark.parametrize(
+    ("update", "code"),
+    [
+        ({"methods": ("magic",)}, "unknown_method"),
+        ({"budget": Budget(metric=Metric.MSE, max_drop=0.1)}, "metric_not_of_task"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_refused_on_opening(
+    uploads: Uploads, tmp_path: Path, update: dict[str, object], code: str
+) -> None:
+    with pytest.raises(BadRequest) as raised:
+        opened(uploads, tmp_path, JOB.model_copy(update=update))
+    assert raised.value.code == code
+
+
+def test_a_min_value_becomes_a_drop_on_the_select_split(uploads: Uploads, tmp_path: Path) -> None:
+    profile = opened(uploads, tmp_path, JOB.model_copy(update={"budget": Budget(min_value=0.8)})).profile(0, None)
+    assert profile.max_drop == pytest.approx(profile.value - 0.8)
