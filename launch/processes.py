@@ -52,6 +52,12 @@ class Service:
                 out.close()
         self.started = time.monotonic()
 
+    def forget(self) -> None:
+        """It has ended: let go of its lifeline."""
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None
+
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
@@ -97,7 +103,7 @@ class Group:
             service.failures = 0 if steady else service.failures + 1
             pause = 0.0 if service.failures == 0 else min(0.5 * 2**service.failures, LONGEST_PAUSE_S)
             service.again_at = now + pause
-            service.process = None
+            service.forget()
             log.warning("%s ended (%s); starting it again in %.0f s", service.name, code, pause)
         if now >= service.again_at:
             service.start()

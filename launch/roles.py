@@ -16,6 +16,7 @@ __all__ = ["api", "key", "migrate", "worker"]
 def api(settings: Settings, *, lifeline: bool = False, descriptor: int | None = None) -> int:
     """Serve HTTP on ``descriptor`` (a listening socket handed down), or on ``settings.host`` and ``port``."""
     import uvicorn
+
     from api.app import create_app
 
     _log_to_stderr()

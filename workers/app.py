@@ -13,15 +13,18 @@ import secrets
 import signal
 import socket
 import sys
+import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from celery.signals import worker_ready
+from celery.platforms import SecurityWarning
+from celery.signals import setup_logging, worker_ready
 
 from db.engine import Database
 from db.settings import Settings
 from workers.queue import TASK, broker_url, make_app
-from workers.run import Runner
+from workers.run import COMPUTE, Runner
 from workers.sweep import Sweeper
 
 __all__ = ["run_worker"]
@@ -29,8 +32,11 @@ __all__ = ["run_worker"]
 log = logging.getLogger(__name__)
 
 
-def run_worker(settings: Settings) -> int:
-    """Work until told to stop (SIGTERM: the task in hand goes back to the queue first). Returns the exit status."""
+def run_worker(settings: Settings, *, compute: Sequence[str] = COMPUTE) -> int:
+    """Work until told to stop (SIGTERM: the task in hand goes back to the queue first). Returns the exit status.
+
+    ``compute``: the arguments of the interpreter that start a compute process.
+    """
     if settings.redis_url is None:
         log.error("TENFOLD_REDIS_URL is not set: a worker on its own needs the broker that the API uses")
         return 2
@@ -38,8 +44,8 @@ def run_worker(settings: Settings) -> int:
     app = make_app(url)
     db = Database(settings.database, blob_url=settings.blob_url)
     db.migrate()
-    name = f"{socket.gethostname()[:40]}-{secrets.token_hex(4)}"
-    runner = Runner(db, settings, name)
+    name = f"{socket.gethostname()[:36]}-{os.getpid()}-{secrets.token_hex(4)}"
+    runner = Runner(db, settings, name, compute=compute)
     sweeper = Sweeper(db, settings, name)
 
     app.task(runner.work, name=TASK, ignore_result=True)
@@ -49,6 +55,10 @@ def run_worker(settings: Settings) -> int:
         sweeper.start()
 
     worker_ready.connect(ready, weak=False)
+    setup_logging.connect(_leave_logging_alone, weak=False)
+    logging.getLogger("celery").setLevel(logging.WARNING)
+    # Celery warns root of pickled messages; only JSON is accepted here, and what opens uploads is in a jail.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     sweeper.be_seen()
     try:
         options = ["--pool=threads", "--concurrency=1", f"--queues={settings.queue}", f"--hostname={name}@%h"]
@@ -76,6 +86,10 @@ def _stop_first(runner: Runner) -> None:
                 inner(n, frame)
 
         signal.signal(number, handle)
+
+
+def _leave_logging_alone(**_: Any) -> None:
+    """Celery sets up logging only when nobody else says that he does."""
 
 
 def _status(end: SystemExit) -> int:

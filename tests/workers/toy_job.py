@@ -174,7 +174,10 @@ def refine(arguments, context):
     record = TrialRecord.model_validate(arguments["record"])
     out = context.folder(arguments["out"])
     result = measured({k: v.model_dump(mode="json") for k, v in record.plan.items()}, Rung.FULL, out)
-    return {"result": result.model_dump(mode="json"), "weights": str((out / "weights.safetensors").relative_to(context.scratch))}
+    return {
+        "result": result.model_dump(mode="json"),
+        "weights": str((out / "weights.safetensors").relative_to(context.scratch)),
+    }
 
 
 def export(arguments, context):
