@@ -168,17 +168,27 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     share = _macs_share(spec)
     first = ground.profile.stage == 0
     rates = _RATES if first else _LATER_RATES
-    front = [
-        ("allocator", _allocated(ground, ratio * ground.share({}, share), share, None, None))
-        for ratio in (_FIRST_RATIOS if first else _LATER_RATIOS)
-    ]
     method = max(ground.methods, key=lambda m: sum(m in site.curves for site in ground.sites))
-    uniform = [("equal_rate", ground.complete(equal_rate(ground.sites, rate, method))) for rate in rates]
-    weak = ("weakened", _analytic(ground, method, _WEAKENING))
-    analytic = ("evbmf", _analytic(ground, method, 1.0))
-    ordered = [*front[:2], uniform[0], front[2], weak, front[3], analytic, *front[4:6], uniform[1], *front[6:]]
-    for name, plan in ordered:
-        yield Start(space.params_of(plan) | {"start": name}, plan)
+
+    def allocator(ratio: float) -> Start:
+        plan = _allocated(ground, ratio * ground.share({}, share), share, None, None)
+        return Start(space.params_of(plan) | {"start": "allocator"}, plan)
+
+    def given(name: str, plan: Plan) -> Start:
+        return Start(space.params_of(plan) | {"start": name}, plan)
+
+    others = iter(
+        (  # not computed before they are wanted
+            lambda: given("equal_rate", ground.complete(equal_rate(ground.sites, rates[0], method))),
+            lambda: given("weakened", _analytic(ground, method, _WEAKENING)),
+            lambda: given("evbmf", _analytic(ground, method, 1.0)),
+            lambda: given("equal_rate", ground.complete(equal_rate(ground.sites, rates[1], method))),
+        )
+    )
+    for position, ratio in enumerate(_FIRST_RATIOS if first else _LATER_RATIOS):
+        yield allocator(ratio)
+        if position and (other := next(others, None)) is not None:
+            yield other()
 
 
 def _allocated(

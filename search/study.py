@@ -83,12 +83,13 @@ class _Proposals:
         self._stage = stage
         self._seen = {plan_key(record.plan) for record in stage}
         share = spec.search.trials // spec.search.stages
-        self._starts = [s for s in islice(starts(spec, space), min(max(share // 3, 2), 10)) if self._is_new(s.plan)]
+        given = islice(starts(spec, space), min(max(share // 3, 2), 10))
+        begun = any("start" not in record.params for record in stage)  # the first points come before all others
+        self._starts = iter(()) if begun else given
         self._study: optuna.Study | None = None
 
     def next(self, number: int) -> tuple[Params, Plan] | None:
-        while self._starts:
-            start = self._starts.pop(0)
+        for start in self._starts:
             if self._is_new(start.plan):
                 return self._take(start.params, start.plan)
         for attempt in range(_ASKS):
@@ -109,7 +110,8 @@ class _Proposals:
 
     def _ask(self, seed: int) -> Params:
         if self._study is None:
-            self._study = rebuild(self._spec, self._space, self._history, self._stage)
+            predictor = Predictor(self._spec, self._space.ground.profile, self._history)
+            self._study = rebuild(self._spec, self._space, predictor, self._stage)
         self._study.sampler = _sampler(self._spec, seed)
         trial = self._study.ask(self._space.distributions())
         params = dict(trial.params)
@@ -126,16 +128,13 @@ class _Proposals:
         return None
 
 
-def rebuild(
-    spec: JobSpec, space: SearchSpace, history: Sequence[TrialRecord], stage: Sequence[TrialRecord]
-) -> optuna.Study:
-    """The in-memory study of one stage, in trial-number order. ``history`` (all stages) teaches the predictions."""
+def rebuild(spec: JobSpec, space: SearchSpace, predictor: Predictor, stage: Sequence[TrialRecord]) -> optuna.Study:
+    """The in-memory study of one stage, in trial-number order."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         directions=["minimize"] * (len(spec.minimize) + 1), sampler=_sampler(spec, spec.search.seed)
     )
     profile = space.ground.profile
-    predictor = Predictor(spec, profile, history)
     knobs = space.distributions()
     study.add_trials([_frozen(r, i, spec, profile, predictor, knobs) for i, r in enumerate(stage)])
     return study

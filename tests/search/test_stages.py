@@ -11,8 +11,8 @@ from search.spec import (
     Cost,
     Costs,
     ExportWork,
-    Finished,
     FineTune,
+    Finished,
     JobSpec,
     Layers,
     Outcome,
@@ -250,11 +250,14 @@ def test_the_same_rows_give_the_same_work_also_after_a_round_trip_through_json()
         again = [TrialRecord.model_validate(row) for row in reversed(rows)]
         profiles = [Profile.model_validate(p.model_dump(mode="json")) for p in life.profiles]
         ask = {"running": 1, "k": 3, "elapsed_hours": 0.0, "exported": []}
-        assert next_work(spec, profiles, again, **ask) == next_work(  # type: ignore[arg-type]
-            spec,
-            life.profiles,
-            life.records[:n],
-            **ask,  # type: ignore[arg-type]
+        assert (
+            next_work(spec, profiles, again, **ask)
+            == next_work(  # type: ignore[arg-type]
+                spec,
+                life.profiles,
+                life.records[:n],
+                **ask,  # type: ignore[arg-type]
+            )
         )
 
 
