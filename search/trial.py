@@ -79,7 +79,7 @@ def run(
         network = _network(bench, work, parent, weights, found)
         _train(bench, work, network, checkpoint, out, save, found)
         _measure(bench, work, network, found)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         found.outcome = Outcome.NON_FINITE
         found.notes.append(f"no factors could be found: {error}")
         return _result(bench, work, found, began, None)
