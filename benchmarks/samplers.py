@@ -20,10 +20,17 @@ __all__ = ["compare", "hypervolumes"]
 
 
 def hypervolumes(
-    sampler: Sampler, seed: int, trials: int, *, space: Space = Space.GUIDED, max_drop: float = 0.03, k: int = 1
+    sampler: Sampler,
+    seed: int,
+    trials: int,
+    *,
+    space: Space = Space.GUIDED,
+    max_drop: float = 0.03,
+    blocks: int = 9,
+    k: int = 1,
 ) -> list[float]:
     """After each candidate of one simulated search, the share of the box between nothing saved and all saved."""
-    surface = Surface(seed, max_drop=max_drop)
+    surface = Surface(seed, blocks=blocks, max_drop=max_drop)
     spec = JobSpec(
         budget=Budget(max_drop=max_drop),
         fine_tune=FineTune(epochs=0),
