@@ -1,20 +1,35 @@
 """Tenfold: hand over a trained network, data and an accuracy budget; get the smallest network that keeps it.
 
-``Client`` submits, watches and downloads; it needs no torch. With torch installed, ``export`` writes the file to
-upload and ``apply`` rebuilds a compressed network from ``plan.json`` and ``model.safetensors`` for further training.
+``Client`` (and ``AsyncClient``) submits, watches and downloads; it needs no torch. With torch installed, ``export``
+writes the file to upload and ``apply`` rebuilds a compressed network from ``plan.json`` and ``model.safetensors`` for
+further training.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .client import Client
+from .client import AsyncClient, Client
 from .errors import TenfoldError
-from .resources import Artifact, Dataset, Job, Model
+from .resources import Artifact, AsyncArtifact, AsyncDataset, AsyncJob, AsyncModel, Dataset, Job, Model
 
 if TYPE_CHECKING:
     from .applying import apply
     from .exporting import export
 
-__all__ = ["Artifact", "Client", "Dataset", "Job", "Model", "TenfoldError", "apply", "export"]
+__all__ = [
+    "Artifact",
+    "AsyncArtifact",
+    "AsyncClient",
+    "AsyncDataset",
+    "AsyncJob",
+    "AsyncModel",
+    "Client",
+    "Dataset",
+    "Job",
+    "Model",
+    "TenfoldError",
+    "apply",
+    "export",
+]
 
 _NEEDS_TORCH = {"export": "exporting", "apply": "applying"}
 

@@ -142,14 +142,14 @@ def compress(
         _finish(job, to, as_json)
 
 
-def _finish(job: Job, to: Path, as_json: bool) -> None:
+def _finish(job: Job, to: Path, as_json: bool, trial: int | None = None) -> None:
     """Download a finished job's files and say what came of it; raises ``JobFailed``."""
-    job.wait(0.0 if job.state in Job.TERMINAL else None)
-    files = job.download(to)
+    job.wait()
+    files = job.download(to, trial=trial)
     best = job.data.get("best")
 
     def human() -> None:
-        if best and job.data.get("baseline"):
+        if trial is None and best and job.data.get("baseline"):
             out.print(before_and_after(job["baseline"], best))
         out.print(f"{len(files)} files in {to}", highlight=False)
 
@@ -157,10 +157,14 @@ def _finish(job: Job, to: Path, as_json: bool) -> None:
 
 
 @app.command(name="watch")
-def watch_command(job: str, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
+def watch_command(
+    job: str, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None, as_json: Json = False
+) -> None:
     """Follow a job until it ends."""
     with _client() as client:
-        watch(client.job(job), console=err, timeout=timeout).wait(0.0)
+        found = watch(client.job(job), console=err, timeout=timeout)
+        _print(as_json, found.data, lambda: None)
+        found.wait()
 
 
 @app.command()
@@ -204,10 +208,17 @@ def trials(job: str, as_json: Json = False) -> None:
 
 
 @app.command()
-def front(job: str, as_json: Json = False) -> None:
+def front(
+    job: str,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture too: front.png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
     """The trade-off front of a job."""
     with _client() as client:
-        points = client.job(job).front
+        found = client.job(job)
+        points = found.front
+        if plot:
+            found.plot(plot)
 
     def human() -> None:
         table = Table("trial", "rung", "value", "drop", "parameters", "MACs", show_edge=False)
@@ -226,18 +237,52 @@ def front(job: str, as_json: Json = False) -> None:
 
 @app.command()
 def download(
-    job: str, to: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")], as_json: Json = False
+    job: str,
+    to: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    trial: Annotated[int | None, typer.Option(min=0, help="Another point than the best: see `tenfold export`.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Download the best network's files, checked against their SHA-256."""
+    """Download the best network's files, checked against their SHA-256; waits for a job that still runs."""
     with _client() as client:
-        _finish(client.job(job), to, as_json)
+        _finish(client.job(job), to, as_json, trial)
 
 
 @app.command()
-def cancel(job: str) -> None:
+def cancel(job: str, as_json: Json = False) -> None:
     """Stop a job; what it found stays."""
+    _steer(job, as_json, lambda found: found.cancel())
+
+
+@app.command()
+def pause(job: str, as_json: Json = False) -> None:
+    """Let running trials finish and start no new one."""
+    _steer(job, as_json, lambda found: found.pause())
+
+
+@app.command()
+def resume(job: str, as_json: Json = False) -> None:
+    """Go on where it was paused."""
+    _steer(job, as_json, lambda found: found.resume())
+
+
+@app.command()
+def extend(
+    job: str, more: Annotated[int, typer.Option("--trials", min=1, help="Candidates to add.")], as_json: Json = False
+) -> None:
+    """More candidates for a job that is done or has failed."""
+    _steer(job, as_json, lambda found: found.extend(more))
+
+
+@app.command()
+def export(job: str, trial: Annotated[int, typer.Argument(min=0)], as_json: Json = False) -> None:
+    """Make files of one more trial; `tenfold download JOB --trial N` fetches them."""
+    _steer(job, as_json, lambda found: found.export(trial))
+
+
+def _steer(id: str, as_json: bool, action: Callable[[Job], Job]) -> None:
     with _client() as client:
-        out.print(f"{client.job(job).cancel().state}: tenfold watch {job}", highlight=False)
+        job = action(client.job(id))
+        _print(as_json, job.data, lambda: out.print(f"{job.state}: tenfold watch {id}", highlight=False))
 
 
 @keys_app.command("list")

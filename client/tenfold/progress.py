@@ -1,18 +1,20 @@
 """A job's progress in the terminal: stage, trial, best so far, time left."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .errors import JobFailed
-from .resources import Job
+from .plotting import FRACTIONS
+from .resources import Job, JobOperations
 
-__all__ = ["before_and_after", "figures", "watch"]
+__all__ = ["before_and_after", "figures", "shown", "watch"]
 
 _ORDER = ("queued", "profiling", "searching", "refining", "exporting", "done")
 
@@ -22,9 +24,18 @@ def watch(job: Job, *, console: Console | None = None, timeout: float | None = N
 
     Returns the job in whatever state it ended; raises ``WaitTimeout`` only.
     """
+    with shown(job, console) as show, suppress(JobFailed):
+        job.wait(timeout, on_change=show)
+    return job
+
+
+@contextmanager
+def shown(job: JobOperations[Any], console: Console | None = None) -> Iterator[Callable[[JobOperations[Any]], None]]:
+    """Gives the function that shows the job's present state: what ``on_change`` of ``wait`` is made for."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        return _watch_lines(job, console, timeout)
+        yield _Lines(console)
+        return
     progress = Progress(
         TextColumn("[bold]{task.fields[state]:<9}[/]"),
         BarColumn(bar_width=28),
@@ -34,33 +45,27 @@ def watch(job: Job, *, console: Console | None = None, timeout: float | None = N
     )
     task = progress.add_task("", state=job.state, total=100)
 
-    def draw(now: Job) -> None:
-        progress.update(task, state=now.state, completed=100 * _fraction(now.data), description=_line(now.data))
+    def draw(now: JobOperations[Any]) -> None:
+        line = escape(_line(now.data))
+        progress.update(task, state=now.state, completed=100 * _fraction(now.data), description=line)
 
     with Live(progress, console=console, refresh_per_second=4, transient=False):
-        _until_ended(job, draw, timeout)
-        draw(job)
-    return job
+        yield draw
 
 
-def _watch_lines(job: Job, console: Console, timeout: float | None) -> Job:
-    last = ""
+class _Lines:
+    """A line at each change."""
 
-    def say(now: Job) -> None:
-        nonlocal last
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last = ""
+
+    def __call__(self, now: JobOperations[Any]) -> None:
         line = f"{now.state:<9} {_line(now.data)}"
         # The time left changes at every look; a line for that alone would only be noise.
-        if line.split(" · about")[0] != last:
-            last = line.split(" · about")[0]
-            console.print(line, highlight=False, soft_wrap=True)
-
-    _until_ended(job, say, timeout)
-    return job
-
-
-def _until_ended(job: Job, show: Callable[[Job], None], timeout: float | None) -> None:
-    with suppress(JobFailed):
-        job.wait(timeout, on_change=show)
+        if line.split(" · about")[0] != self.last:
+            self.last = line.split(" · about")[0]
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _fraction(data: dict[str, Any]) -> float:
@@ -98,13 +103,18 @@ def _line(data: dict[str, Any]) -> str:
 
 
 def figures(point: dict[str, Any], baseline: dict[str, Any] | None) -> str:
-    """One point in a phrase: ``97.9 % at ÷3.2``."""
+    """One point in a phrase: ``97.90 % at ÷3.20 parameters``."""
+    baseline = baseline or {}
     words = []
     if (value := point.get("value")) is not None:
-        words.append(f"{100 * value:.2f} %" if 0 <= value <= 1 else f"{value:.4g}")
-    if baseline and point.get("costs") and baseline.get("costs"):
+        words.append(_value(value, baseline.get("metric")))
+    if point.get("costs") and baseline.get("costs"):
         words.append(f"at ÷{baseline['costs']['parameters'] / max(1, point['costs']['parameters']):.2f} parameters")
     return " ".join(words)
+
+
+def _value(value: float, metric: str | None) -> str:
+    return f"{100 * value:.2f} %" if metric in FRACTIONS else f"{value:.4g}"
 
 
 def time_left(seconds: float) -> str:
@@ -119,13 +129,14 @@ def before_and_after(baseline: dict[str, Any], best: dict[str, Any]) -> Table:
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     before, after = baseline["costs"], best["costs"]
-    if baseline.get("value") is not None and best.get("value") is not None:
-        drop = best["value"] - baseline["value"]
-        name = str(baseline.get("metric", "metric"))
-        table.add_row(name, f"{baseline['value']:.4f}", f"{best['value']:.4f}", f"{drop:+.4f}")
-    for name, unit in (("parameters", ""), ("macs", ""), ("bytes", "")):
+    metric = str(baseline.get("metric", "metric"))
+    for name, field in ((metric, "value"), (f"{metric} on unseen data", "verify_value")):
+        if baseline.get(field) is not None and best.get(field) is not None:
+            change = best[field] - baseline[field]
+            table.add_row(name, f"{baseline[field]:.4f}", f"{best[field]:.4f}", f"{change:+.4f}")
+    for name in ("parameters", "macs", "bytes"):
         if before.get(name) and after.get(name):
-            table.add_row(name + unit, f"{before[name]:,}", f"{after[name]:,}", f"÷{before[name] / after[name]:.2f}")
+            table.add_row(name, f"{before[name]:,}", f"{after[name]:,}", f"÷{before[name] / after[name]:.2f}")
     if after.get("latency_ms") and after.get("dense_latency_ms"):
         dense, small = after["dense_latency_ms"], after["latency_ms"]
         table.add_row("latency, ms", f"{dense:.2f}", f"{small:.2f}", f"÷{dense / small:.2f}")

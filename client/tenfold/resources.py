@@ -1,40 +1,42 @@
-"""What the service holds: each is its last known JSON plus what can be done with it."""
+"""What the service holds: each is its last known JSON plus what can be done with it.
 
-import hashlib
+Every operation is written once, on a ``…Operations`` class; ``Job`` runs it at once and on ``AsyncJob`` it is awaited.
+"""
+
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ._transport import Transport
-from .errors import Corrupted, JobFailed, Rejected, WaitTimeout
+from ._files import load_network, received
+from ._operations import Async, Pages, Sync, operation, reading, steering
+from ._wire import Sleep, Steps, call, fetch, send
+from .errors import JobFailed, Rejected, WaitTimeout
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Artifact", "Dataset", "Job", "Model", "Resource", "pages"]
+    from ._drivers import AsyncDriver, Driver
 
-LONG_POLL_SECONDS = 20
+__all__ = ["Artifact", "AsyncArtifact", "AsyncDataset", "AsyncJob", "AsyncModel", "Dataset", "Job", "Model"]
 
+LONG_POLL_SECONDS = 20.0
 
-def pages(transport: Transport, path: str) -> Iterator[dict[str, Any]]:
-    """All items of a paged listing."""
-    cursor: str | None = None
-    while True:
-        page = transport.request("GET", path, params={"cursor": cursor, "limit": 100}).json()
-        yield from page["items"]
-        cursor = page.get("next")
-        if not cursor:
-            return
+ArtifactT = TypeVar("ArtifactT", bound="ArtifactOperations")
+Progress = Callable[[int, int], None]
 
 
 class Resource:
     """``resource["field"]`` reads the last known JSON, ``reload()`` fetches it anew."""
 
     collection = ""
+    data: dict[str, Any]
 
-    def __init__(self, transport: Transport, data: dict[str, Any]) -> None:
-        self._transport = transport
+    def __init__(self, driver: Driver | AsyncDriver, data: dict[str, Any]) -> None:
+        self._driver: Any = driver
         self.data = data
         self._etag: str | None = None
 
@@ -50,82 +52,120 @@ class Resource:
         return self.data[field]
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} {self.data.get('state', '')}>"
+        return f"<{type(self).__name__} {self.id} {self.data.get('state', '')}>".replace(" >", ">")
 
-    def reload(self, *, wait: float | None = None) -> bool:
+    @operation
+    def reload(self, *, wait: float | None = None) -> Steps[bool]:
         """Fetch the newest state; with ``wait`` (seconds) the service answers once something changes. True: changed."""
         headers = {"If-None-Match": self._etag} if self._etag else {}
-        reply = self._transport.request("GET", self.path, headers=headers, params={"wait": wait and int(wait)})
+        reply = yield from send("GET", self.path, headers=headers, params={"wait": wait})
         if reply.status_code == 304:
             return False
         self._etag = reply.headers.get("ETag")
         self.data = dict(reply.json())
         return True
 
-    def delete(self) -> None:
-        self._transport.request("DELETE", self.path)
+    @operation
+    def delete(self) -> Steps[None]:
+        """For good. Raises ``Conflict`` for what is in use: a job that has not ended, a model that a job refers to."""
+        yield from send("DELETE", self.path)
 
-    def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
+    def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> Steps[None]:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not ready():
             left = LONG_POLL_SECONDS if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise WaitTimeout(f"{what} is still {self.data.get('state')} after {timeout:g} s; it goes on")
             began = time.monotonic()
-            changed = self.reload(wait=max(1, min(LONG_POLL_SECONDS, left)))
-            if not changed and time.monotonic() - began < 0.2:
-                time.sleep(0.2)
+            changed = yield from Resource.reload.steps(self, wait=min(LONG_POLL_SECONDS, left))
+            if not changed and time.monotonic() - began < 0.2:  # something in between does not hold the request
+                yield Sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------------------- models, data sets
 
 
 class _Inspected(Resource):
-    def wait(self, timeout: float | None = 600.0) -> None:
+    @property
+    def state(self) -> str:
+        """``inspecting``, ``ready`` or ``rejected``."""
+        return str(self.data["state"])
+
+    @operation
+    def wait(self, timeout: float | None = 600.0) -> Steps[None]:
         """Until it is inspected.
 
         Raises:
             Rejected: it was read and refused.
             WaitTimeout: not inspected within ``timeout`` seconds; it goes on.
         """
-        self._until(lambda: self.data["state"] != "inspecting", timeout, f"{self.collection[:-1]} {self.id}")
-        if self.data["state"] == "rejected":
+        yield from self._until(lambda: self.state != "inspecting", timeout, f"{self.collection[:-1]} {self.id}")
+        if self.state == "rejected":
             raise Rejected(str(self.data.get("reason_code")), str(self.data.get("reason")))
 
 
-class Model(_Inspected):
+class ModelOperations(_Inspected):
     collection = "models"
 
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What inspection found of each layer: name, kind, weight's shape, parameters, MACs, whether it can shrink."""
+        return list((self.data.get("info") or {}).get("layers", []))
 
-class Dataset(_Inspected):
+
+class DatasetOperations(_Inspected):
     collection = "datasets"
 
 
-class Artifact(Resource):
+class Model(ModelOperations, Sync):
+    """An uploaded network."""
+
+
+class AsyncModel(ModelOperations, Async):
+    """An uploaded network."""
+
+
+class Dataset(DatasetOperations, Sync):
+    """Uploaded data."""
+
+
+class AsyncDataset(DatasetOperations, Async):
+    """Uploaded data."""
+
+
+# ---------------------------------------------------------------------------------------------------------- artifacts
+
+
+class ArtifactOperations(Resource):
     collection = "artifacts"
 
-    def download(self, folder: str | Path) -> Path:
-        """Into ``folder`` under its own name, checked against its SHA-256; a partial file is gone on from."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / Path(str(self.data["filename"])).name
-        partial = target.with_name(target.name + ".part")
-        start = partial.stat().st_size if partial.exists() else 0
-        if start >= int(self.data["size"]):
-            start = 0
-        with self._transport.download(f"{self.path}/content", start=start) as reply:
-            mode = "ab" if reply.status_code == 206 else "wb"
-            with partial.open(mode) as f:
-                for chunk in reply.iter_bytes(1 << 20):
-                    f.write(chunk)
-        with partial.open("rb") as f:
-            got = hashlib.file_digest(f, "sha256").hexdigest()
-        if got != self.data["sha256"]:
-            partial.unlink()
-            raise Corrupted(f"{target.name} arrived with SHA-256 {got}, promised was {self.data['sha256']}; try again")
-        partial.replace(target)
-        return target
+    @operation
+    def download(self, folder: str | Path, *, progress: Progress | None = None) -> Steps[Path]:
+        """Into ``folder`` under its own name, checked against its SHA-256.
+
+        A download that broke off is gone on from, and a file that is there already is not fetched again.
+
+        Raises:
+            Corrupted: what arrived does not have the promised SHA-256.
+        """
+        file = yield from received(f"{self.path}/content", Path(folder), self.data, progress)
+        return file
 
 
-class Job(Resource):
+class Artifact(ArtifactOperations, Sync):
+    """A file of the result."""
+
+
+class AsyncArtifact(ArtifactOperations, Async):
+    """A file of the result."""
+
+
+# --------------------------------------------------------------------------------------------------------------- jobs
+
+
+class JobOperations(Resource, Generic[ArtifactT]):
     collection = "jobs"
+    artifact_type: type[ArtifactT]
 
     TERMINAL = ("done", "failed", "cancelled")
 
@@ -133,7 +173,8 @@ class Job(Resource):
     def state(self) -> str:
         return str(self.data["state"])
 
-    def wait(self, timeout: float | None = None, *, on_change: Callable[["Job"], None] | None = None) -> "Job":
+    @steering
+    def wait(self, timeout: float | None = None, *, on_change: Callable[[Any], None] | None = None) -> Steps[None]:
         """Until it ends.
 
         Raises:
@@ -146,66 +187,115 @@ class Job(Resource):
                 on_change(self)
             return self.state in self.TERMINAL
 
-        self._until(ended, timeout, f"job {self.id}")
+        yield from self._until(ended, timeout, f"job {self.id}")
         if self.state != "done":
-            raise JobFailed(str(self.data.get("reason_code")), str(self.data.get("reason")))
-        return self
+            raise JobFailed(str(self.data.get("reason_code")), str(self.data.get("reason") or f"job {self.state}"))
 
-    def cancel(self) -> "Job":
-        return self._do("cancel")
+    @steering
+    def cancel(self) -> Steps[None]:
+        """Stop it; what it found stays."""
+        yield from self._do("cancel")
 
-    def pause(self) -> "Job":
-        return self._do("pause")
+    @steering
+    def pause(self) -> Steps[None]:
+        """Let running trials finish and start no new one."""
+        yield from self._do("pause")
 
-    def resume(self) -> "Job":
-        return self._do("resume")
+    @steering
+    def resume(self) -> Steps[None]:
+        """Go on where it was paused."""
+        yield from self._do("resume")
 
-    def extend(self, trials: int) -> "Job":
-        """``trials`` more candidates for a finished job."""
-        return self._do("extend", {"trials": trials})
+    @steering
+    def extend(self, trials: int, *, hours: float | None = None) -> Steps[None]:
+        """``trials`` more candidates (and hours, where it has a limit) for a job that is done or has failed."""
+        more = {} if hours is None else {"hours": hours}
+        yield from self._do("extend", {"trials": trials, **more})
 
-    def export(self, trial: int) -> "Job":
-        """Make files of one more point of the front."""
-        return self._do(f"trials/{trial}/export")
+    @steering
+    def export(self, trial: int) -> Steps[None]:
+        """Make files of one more point of the front; they appear among ``artifacts()``."""
+        yield from self._do(f"trials/{trial}/export")
 
-    def trials(self) -> list[dict[str, Any]]:
-        return list(pages(self._transport, f"{self.path}/trials"))
+    @operation
+    def trials(self) -> Steps[list[dict[str, Any]]]:
+        """Every candidate with the result of the highest rung it reached."""
+        return (yield from Pages(f"{self.path}/trials", dict).all())
 
-    def events(self) -> list[dict[str, Any]]:
-        return list(pages(self._transport, f"{self.path}/events"))
+    @operation
+    def trial(self, number: int) -> Steps[dict[str, Any]]:
+        """One candidate: its plan, the ``results`` of every rung, and their learning curves."""
+        return (yield from fetch("GET", f"{self.path}/trials/{number}"))
 
-    @property
-    def front(self) -> list[dict[str, Any]]:
-        """The trade-off front: points that nothing beats in every objective."""
-        return list(self._get("front")["points"])
+    @operation
+    def events(self) -> Steps[list[dict[str, Any]]]:
+        """What happened, oldest first."""
+        return (yield from Pages(f"{self.path}/events", dict).all())
 
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """Every layer before and after."""
-        return list(self._get("layers")["layers"])
+    @reading
+    def front(self) -> Steps[list[dict[str, Any]]]:
+        """The trade-off front, cheapest first: the points that no other beats in both drop and cost."""
+        return list((yield from fetch("GET", f"{self.path}/front"))["points"])
 
-    def artifacts(self) -> list[Artifact]:
-        return [Artifact(self._transport, item) for item in pages(self._transport, f"{self.path}/artifacts")]
+    @reading
+    def layers(self) -> Steps[list[dict[str, Any]]]:
+        """Every layer before and after, by the best network's plan."""
+        return list((yield from fetch("GET", f"{self.path}/layers"))["layers"])
 
-    def download(self, folder: str | Path) -> list[Path]:
-        """All files of the best network."""
-        best = (self.data.get("best") or {}).get("trial")
-        return [a.download(folder) for a in self.artifacts() if best is None or a["trial"] == best]
+    @operation
+    def artifacts(self, trial: int | None = None) -> Steps[list[ArtifactT]]:
+        """The files there are, newest first; of one trial if you like."""
+        return (yield from self._artifacts(trial))
 
-    def load(self, folder: str | Path) -> "torch.nn.Module":
-        """Download ``model.pt2`` and load it as a module. Needs torch."""
-        import torch
+    @operation
+    def download(self, folder: str | Path, *, trial: int | None = None) -> Steps[list[Path]]:
+        """All files of the best network, or of ``trial``."""
+        files = []
+        for artifact in (yield from self._artifacts(self._chosen(trial))):
+            files.append((yield from ArtifactOperations.download.steps(artifact, folder)))
+        return files
 
-        for artifact in self.artifacts():
-            if artifact["filename"] == "model.pt2":
-                return torch.export.load(artifact.download(folder)).module()
+    @operation
+    def load(self, folder: str | Path, *, trial: int | None = None) -> Steps[torch.nn.Module]:
+        """Download ``model.pt2`` of the best network, or of ``trial``, and load it as a module. Needs torch."""
+        for artifact in (yield from self._artifacts(self._chosen(trial))):
+            if artifact["format"] == "pt2":
+                path = yield from ArtifactOperations.download.steps(artifact, folder)
+                return (yield from call(partial(load_network, path)))
         raise JobFailed("no_artifact", f"job {self.id} has no model.pt2; ask for it with export=['pt2']")
 
-    def _get(self, what: str) -> dict[str, Any]:
-        return dict(self._transport.request("GET", f"{self.path}/{what}").json())
+    @operation
+    def plot(self, path: str | Path | None = None, *, cost: str | None = None) -> Steps[Any]:
+        """Draw every candidate and the front: the metric against ``cost`` (the first that the job minimizes).
 
-    def _do(self, action: str, body: dict[str, Any] | None = None) -> "Job":
-        reply = self._transport.request("POST", f"{self.path}/{action}", json=body)
-        self.data = dict(reply.json())
+        Returns the matplotlib figure, saved to ``path`` if one is given. Needs ``pip install 'tenfold[plot]'``.
+        """
+        from .plotting import draw
+
+        shown = cost or self.data["spec"]["minimize"][0]
+        trials = yield from Pages(f"{self.path}/trials", dict).all()
+        front = yield from fetch("GET", f"{self.path}/front", params={"cost": shown})
+        return (yield from call(lambda: draw(self.data, trials, front["points"], shown, path)))
+
+    def _chosen(self, trial: int | None) -> int | None:
+        return (self.data.get("best") or {}).get("trial") if trial is None else trial
+
+    def _artifacts(self, trial: int | None) -> Steps[list[ArtifactT]]:
+        pages = Pages(f"{self.path}/artifacts", lambda item: self.artifact_type(self._driver, item), trial=trial)
+        return (yield from pages.all())
+
+    def _do(self, action: str, body: dict[str, Any] | None = None) -> Steps[None]:
+        self.data = yield from fetch("POST", f"{self.path}/{action}", json=body)
         self._etag = None
-        return self
+
+
+class Job(JobOperations[Artifact], Sync):
+    """A search."""
+
+    artifact_type = Artifact
+
+
+class AsyncJob(JobOperations[AsyncArtifact], Async):
+    """A search."""
+
+    artifact_type = AsyncArtifact
