@@ -132,7 +132,7 @@ class Session:
             costs=Costs(parameters=parameters, macs=macs, bytes=stored, latency_ms=dense_ms, dense_latency_ms=dense_ms),
             sites=sites,
             seconds=time.monotonic() - began,
-            notes=bench.data.info.notes,
+            notes=tuple(n for n in (baseline.seen_before(bench.metric, original, bench.on_verify),) if n),
         )
 
     def trial(
@@ -195,7 +195,7 @@ class Session:
         files = export.export_all(network, bench.original, plan, bench.lifted, out, formats, facts)
         if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
             files.append(self._write_check(network, out / "check.npz"))
-            files.append(Path(shutil.copy(reload.__file__, out / "reload.py")))
+            files.append(Path(shutil.copyfile(reload.__file__, out / "reload.py")))
         measured = {key: facts["after"][key] for key in ("verify_value", "latency_ms")}
         return [
             {
