@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ __all__ = ["ARCHITECTURES", "Architecture", "ResNetCIFAR", "build", "mlp", "resn
 @dataclass(frozen=True)
 class Architecture:
     make: Callable[..., nn.Module]
-    options: dict[str, tuple[type, Any]]
-    """Option to its type and default."""
+    options: dict[str, int]
+    """Option to its default: all are positive integers."""
     example: Callable[[dict[str, Any]], Tensor]
     """Two samples of input."""
 
@@ -108,11 +109,11 @@ def small_cnn(channels: int = 3, size: int = 32, width: int = 32, classes: int =
 def mlp(inputs: int = 784, hidden: int = 256, depth: int = 2, classes: int = 10) -> nn.Sequential:
     """``depth`` hidden layers with ReLU. Input ``(n, inputs)``."""
     sizes = [inputs, *[hidden] * depth]
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-_CLASSES = {"classes": (int, 10)}
+_CLASSES = {"classes": 10}
 
 
 def _image(_: dict[str, Any]) -> Tensor:
@@ -129,12 +130,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vgg16_cifar10": Architecture(vgg16_cifar, _CLASSES, _image),
     "small_cnn": Architecture(
         small_cnn,
-        {"channels": (int, 3), "size": (int, 32), "width": (int, 32), **_CLASSES},
+        {"channels": 3, "size": 32, "width": 32, **_CLASSES},
         lambda o: torch.zeros(2, o["channels"], o["size"], o["size"]),
     ),
     "mlp": Architecture(
         mlp,
-        {"inputs": (int, 784), "hidden": (int, 256), "depth": (int, 2), **_CLASSES},
+        {"inputs": 784, "hidden": 256, "depth": 2, **_CLASSES},
         lambda o: torch.zeros(2, o["inputs"]),
     ),
 }
@@ -152,7 +153,7 @@ def build(name: str, options: dict[str, Any]) -> tuple[nn.Module, Tensor]:
             "unknown_architecture", f"architecture {name!r} is not one of {', '.join(sorted(ARCHITECTURES))}"
         )
     known = ARCHITECTURES[name]
-    values = {k: default for k, (_, default) in known.options.items()}
+    values = dict(known.options)
     for option, value in options.items():
         if option not in known.options:
             raise BadModel("bad_option", f"{name} has no option {option!r}; it has {', '.join(known.options)}")

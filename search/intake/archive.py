@@ -46,7 +46,8 @@ _REFUSED_PARTS = (
 def open_zip(path: Path) -> zipfile.ZipFile:
     """A ZIP whose directory is small, whose entries are stored as they are, do not overlap and are not repeated.
 
-    Raises ``BadModel`` (``not_a_zip``) or ``Refused``. ``zipfile`` alone would read a directory of any size into memory.
+    Raises ``BadModel`` (``not_a_zip``) or ``Refused``. ``zipfile`` alone would read a directory of any
+    size into memory.
     """
     size = path.stat().st_size
     try:

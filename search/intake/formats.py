@@ -17,7 +17,7 @@ _HOW = (
 
 
 def detect(path: Path, wanted: str = "auto") -> str:
-    """``pt2``, ``safetensors`` or ``state_dict``. Raises ``BadModel`` or ``Refused`` with the way to a file that works."""
+    """``pt2``, ``safetensors`` or ``state_dict``. Raises ``BadModel`` or ``Refused``, with the way to a usable file."""
     if wanted not in FORMATS:
         raise BadModel("unknown_format", f"format {wanted!r} is not one of {', '.join(FORMATS)}")
     try:
@@ -61,7 +61,8 @@ def _of_bytes(head: bytes, size: int) -> str:
     if head[:1] == b"\x80":
         raise Refused(
             "pickle",
-            f"this is a pickle, which runs code when it is loaded: {_HOW}; or torch.save(model.state_dict(), ...) again with torch 1.6 or later",
+            f"this is a pickle, which runs code when it is loaded: {_HOW}; "
+            "or save model.state_dict() again with torch 1.6 or later",
         )
     if head[:8] == b"\x89HDF\r\n\x1a\n":
         raise BadModel("unknown_format", f"this is an HDF5 (Keras) file; PyTorch models are compressed: {_HOW}")

@@ -111,7 +111,7 @@ def _symbolic(value: object, plain: str) -> dict[str, Any]:
         return {"as_bool": clean_bool(inner)}
     if kind != "as_expr":
         raise Refused("symbolic_expression", f"a size is given as {kind!r}")
-    expression = {"expr_str": clean_expression(_dict(inner).get("expr_str")), "hint": None}
+    expression: dict[str, Any] = {"expr_str": clean_expression(_dict(inner).get("expr_str")), "hint": None}
     hint = inner.get("hint")
     if hint is not None:
         hint_kind, hint_value = _only(hint, "a size's hint")
@@ -254,8 +254,8 @@ class GraphVetter:
         ):
             raise Refused(
                 "operator",
-                f"the graph calls {_shown(target)}, the fused inference path: write the file with tenfold.export, or call "
-                "torch.backends.mha.set_fastpath_enabled(False) before torch.export.export",
+                f"the graph calls {_shown(target)}, the fused inference path: write the file with tenfold.export, or "
+                "call torch.backends.mha.set_fastpath_enabled(False) before torch.export.export",
             )
         raise Refused(
             "operator",
@@ -326,7 +326,7 @@ class GraphVetter:
         stack = value.get("nn_module_stack") if isinstance(value, dict) else None
         if not isinstance(stack, str) or len(stack) > 20_000:
             return {}
-        kept = []
+        kept: list[str] = []
         for entry in stack.split(";"):
             parts = entry.split(",")
             if len(parts) == 3 and _PATH.match(parts[1]) and _TYPE.match(parts[2]):

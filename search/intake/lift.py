@@ -118,8 +118,7 @@ class _Lifter:
 
     def _stored(self, name: str) -> Tensor:
         state: dict[str, Any] = self.ep.state_dict
-        t = state[name] if name in state else self.ep.constants[name]
-        assert isinstance(t, Tensor)
+        t: Tensor = state[name] if name in state else self.ep.constants[name]
         return t
 
     def _input(self, node: fx.Node, arg: object) -> None:
@@ -298,7 +297,7 @@ class _Lifter:
                 "operator", f"the graph has control flow ({op}): write the model without torch.cond or loops"
             )
         what = "no_grad" if "grad" in op else "autocast"
-        args = []
+        args: list[Any] = []
         for a in node.args:
             if isinstance(a, fx.Node) and a.op == "get_attr":
                 inner = getattr(self.ep.graph_module, str(a.target))
@@ -327,11 +326,13 @@ class _Lifter:
             raise BadModel(
                 "signature", "the graph changes its own tensors: export it in eval mode, without run_decompositions"
             )
-        returned = node.args[0]
-        assert isinstance(returned, tuple | list)
+        returned: Any = node.args[0]
         leaves = [self._value(v) if isinstance(v, fx.Node) else v for v in returned]
         signature = self.ep.module_call_graph[0].signature
-        assert signature is not None
+        if signature is None:
+            raise BadModel(
+                "tree_spec", "the file does not say how its outputs are arranged: write it with tenfold.export"
+            )
         value, rest = _structure(signature.out_spec, leaves)
         if rest:
             raise BadModel("tree_spec", f"the outputs have {len(rest)} tensors more than their structure")
@@ -362,8 +363,6 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
         if name in module._buffers:
             del module._buffers[name]
         module.register_parameter(name, value)
-        if isinstance(module, nn.RNNBase):
-            setattr(module, name, value)  # keeps its list of flat weights in step
     elif name in module._parameters:
         # A weight that the file holds as a buffer: it stays one that does not learn.
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -48,7 +48,22 @@ class FeatureDropout(nn.Module):
         return f"p={self.p}"
 
 
-class FlatLSTM(nn.LSTM):
+class _OwnWeights:
+    """torch's recurrent modules keep a list of their weights beside the weights; here it is read from them each time.
+
+    So the list cannot be out of step (a swapped, copied or re-tied weight), and exporting it again finds nothing changed.
+    """
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, n, None) for n in getattr(self, "_flat_weights_names", ())]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: object) -> None:
+        """torch assigns it; there is nothing to keep."""
+
+
+class FlatLSTM(_OwnWeights, nn.LSTM):
     """``(x, h, c) -> (outputs, h, c)``: an exported graph has no nested tuples."""
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
@@ -56,7 +71,7 @@ class FlatLSTM(nn.LSTM):
         return y, h, c
 
 
-class FlatGRU(nn.GRU):
+class FlatGRU(_OwnWeights, nn.GRU):
     """``(x, h) -> (outputs, h)``."""
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -64,7 +79,7 @@ class FlatGRU(nn.GRU):
         return out[0], out[1]
 
 
-class FlatRNN(nn.RNN):
+class FlatRNN(_OwnWeights, nn.RNN):
     """``(x, h) -> (outputs, h)``."""
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -73,7 +73,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as e:  # the restricted unpickler raises many kinds
         raise Refused(
             "pickle",
-            f"the file is more than a state dict of tensors ({str(e).strip().splitlines()[0][:120] if str(e) else type(e).__name__}): "
+            f"the file is more than a state dict of tensors ({_first_line(e)}): "
             "save model.state_dict() alone, or upload a .pt2 written by tenfold.export",
         ) from None
     for key in ("state_dict", "model", "model_state_dict"):
@@ -125,9 +125,7 @@ def _fit(model: nn.Module, weights: dict[str, Tensor], name: str) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor] | None = None) -> ExportedProgram:
-    given = (*args, *(kwargs or {}).values())
     shapes: Any = tuple({0: Dim.DYNAMIC} for _ in args) if not kwargs else {k: {0: Dim.DYNAMIC} for k in kwargs}
-    assert given
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return export(model, args, kwargs, dynamic_shapes=shapes)
@@ -137,7 +135,8 @@ _CLASS = re.compile(r"[A-Z][A-Za-z0-9]{2,80}\Z")
 
 
 def _export_transformer(config: object, weights: dict[str, Tensor]) -> ExportedProgram:
-    """``config``: the contents of a ``config.json`` of Hugging Face. No code is fetched: only classes of the library."""
+    """``config``: the contents of a ``config.json`` of Hugging Face. Only the library's own classes: no code is
+    fetched."""
     try:
         import transformers
     except ImportError:
@@ -152,8 +151,8 @@ def _export_transformer(config: object, weights: dict[str, Tensor]) -> ExportedP
         or not _CLASS.match(str(names[0]))
     ):
         raise BadModel("unknown_architecture", "the config.json names no single class in 'architectures'")
-    cls = getattr(transformers, names[0], None)
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
+    cls: Any = getattr(transformers, names[0], None)
+    if not _is_model_class(cls, transformers.PreTrainedModel):
         raise BadModel("unknown_architecture", f"{names[0]!r} is not a model class of transformers")
     plain = {k: v for k, v in config.items() if not k.startswith("_") and k not in ("auto_map", "quantization_config")}
     try:
@@ -173,6 +172,10 @@ def _export_transformer(config: object, weights: dict[str, Tensor]) -> ExportedP
     model.tie_weights()
     model = model.float().eval()
     return _export(model, (), {model.main_input_name: _transformer_example(model, made)})
+
+
+def _is_model_class(cls: Any, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base) and getattr(cls, "config_class", None) is not None
 
 
 def _check_outline(outline: nn.Module, weights: dict[str, Tensor], name: str) -> None:
@@ -198,5 +201,10 @@ def _transformer_example(model: Any, config: Any) -> Tensor:
         return torch.zeros(2, config.num_channels, size, size)
     raise BadModel(
         "unknown_architecture",
-        f"models that take {model.main_input_name!r} are not built from a config.json: upload a .pt2 written by tenfold.export",
+        f"models that take {model.main_input_name!r} are not built from a config.json: "
+        "upload a .pt2 written by tenfold.export",
     )
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__

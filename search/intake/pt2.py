@@ -34,8 +34,9 @@ def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
             reason = str(e).strip().splitlines()[-1][:200] if str(e).strip() else type(e).__name__
             raise BadModel(
                 "unreadable_graph",
-                f"the graph (written by torch {vetted.torch_version}, {vetted.nodes} nodes) cannot be rebuilt: {reason}. "
-                "Export the model again with tenfold.export",
+                f"the graph of {vetted.nodes} nodes, written by torch {vetted.torch_version}, cannot be rebuilt "
+                f"({reason}): "
+                "export the model again with tenfold.export",
             ) from None
         finally:
             noisy.setLevel(level)

@@ -215,10 +215,9 @@ def rms_norm(a: Arguments, t: Tensors) -> Built | None:
 @recognizes(aten.group_norm.default, aten.native_group_norm.default)
 def group_norm(a: Arguments, t: Tensors) -> Built | None:
     tensors = _taken(a, t, _NORM_TENSORS)
-    if not tensors or len(tensors) != 2:
-        return None
     weight = t.weight(a["weight"])
-    assert weight is not None
+    if weight is None or not tensors or len(tensors) != 2:
+        return None
     groups = a["num_groups"] if "num_groups" in a else a["group"]
     module = nn.GroupNorm(groups, weight.shape[0], eps=a["eps"], device="meta")
     return Built(module, (a["input"],), tensors, first_of_tuple="num_groups" not in a)
@@ -230,7 +229,8 @@ def embedding(a: Arguments, t: Tensors) -> Built | None:
     if weight is None or weight.dim() != 2:
         return None
     module = nn.Embedding(
-        *weight.shape,
+        weight.shape[0],
+        weight.shape[1],
         padding_idx=None if a["padding_idx"] == -1 else a["padding_idx"],
         scale_grad_by_freq=a["scale_grad_by_freq"],
         device="meta",
@@ -241,12 +241,11 @@ def embedding(a: Arguments, t: Tensors) -> Built | None:
 @recognizes(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 def recurrent(a: Arguments, t: Tensors) -> Built | None:
     params = a["params"]
-    weights = [t.weight(p) for p in params]
-    if not params or any(w is None for w in weights):
+    weights = [w for w in map(t.weight, params) if w is not None]
+    if len(weights) != len(params) or len(weights) < 2:
         return None
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
-    first, second = weights[0], weights[1]
-    assert first is not None and second is not None
+    first, second = weights[:2]
     kind: Any = {
         aten.lstm.input: FlatLSTM,
         aten.gru.input: FlatGRU,

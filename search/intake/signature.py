@@ -102,7 +102,8 @@ def _output(spec: object, graph_output: dict[str, Any]) -> dict[str, Any]:
         return {"user_output": {"arg": graph_output}}
     raise Refused(
         "signature",
-        f"the graph returns a {kind[:24]!r} besides its outputs: export the model in eval mode, without run_decompositions",
+        f"the graph returns a {kind[:24]!r} besides its outputs: export the model in eval mode, "
+        "without run_decompositions",
     )
 
 

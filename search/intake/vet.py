@@ -102,7 +102,7 @@ def _check_version(program: dict[str, Any]) -> str:
     if major != SCHEMA_MAJOR:
         raise Refused(
             "schema_version",
-            f"the file was written by torch {shown!r} in schema {major!r}; schema {SCHEMA_MAJOR} (torch 2.8 to 2.13) is "
-            "read: export the model again with one of those",
+            f"the file was written by torch {shown!r} in schema {major!r}; schema {SCHEMA_MAJOR} (torch 2.8 to 2.13) "
+            "is read: export the model again with one of those",
         )
     return shown if all(c.isalnum() or c in ".+" for c in shown) else "unknown"

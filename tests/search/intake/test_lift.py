@@ -1,0 +1,192 @@
+"""The lifted network is the user's network: exactly, in eval and in training, and it can be exported again."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from intake_zoo import ZOO, MobileLike, SmallViT, TiedLM, Twice, VGGLike, settle
+from torch import Tensor, nn
+from torch.export import Dim
+
+from search.intake import LiftedModel, first_output
+from search.intake.lifted import all_outputs
+from tenfold.layers import LowRankConv, LowRankLinear
+
+Load = Callable[..., LiftedModel]
+
+
+def same(a: Any, b: Any) -> bool:
+    left, right = all_outputs(a), all_outputs(b)
+    return len(left) == len(right) and all(torch.equal(x, y) for (_, x), (_, y) in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_lift_is_bit_exact_at_any_batch(name: str, load: Load) -> None:
+    make, inputs = ZOO[name]
+    model = settle(make(), inputs)
+    lifted = load(model, inputs(3))
+    assert lifted.batch == "any"
+    for n in (1, 2, 5):
+        x = inputs(n)
+        assert same(lifted.module(*x), model(*x))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for m in model.modules():
+        if hasattr(m, "p") and "Dropout" in type(m).__name__:
+            m.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("twice",)])
+def test_training_steps_equal_the_original(name: str, load: Load) -> None:
+    make, inputs = ZOO[name]
+    model = without_dropout(settle(make(), inputs))
+    lifted = load(model, inputs(3)).module
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, lifted)]
+    for _ in range(3):
+        x = inputs(4)
+        for m, optimizer in zip((model, lifted), optimizers, strict=True):
+            m.train()
+            optimizer.zero_grad()
+            first_output(m(*x)).square().mean().backward()
+            optimizer.step()
+    x = inputs(4)
+    # Training steps may add up in another order where the original updates a tied or in-place tensor.
+    for (_, a), (_, b) in zip(all_outputs(lifted.eval()(*x)), all_outputs(model.eval()(*x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg", "mobile", "vit", "lstm"])
+def test_dropout_and_batch_norm_follow_train_and_eval(name: str, load: Load) -> None:
+    make, inputs = ZOO[name]
+    model = settle(make(), inputs)
+    lifted = load(model, inputs(3)).module
+    x = inputs(4)
+    torch.manual_seed(1)
+    expected = model.train()(*x)
+    torch.manual_seed(1)
+    assert same(lifted.train()(*x), expected)
+    assert same(lifted.eval()(*x), model.eval()(*x))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_lifted_network_exports_again(name: str, load: Load) -> None:
+    make, inputs = ZOO[name]
+    model = settle(make(), inputs)
+    lifted = load(model, inputs(3)).module
+    shapes = tuple({0: Dim.DYNAMIC} for _ in inputs(1))
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(lifted, inputs(3), dynamic_shapes=shapes), saved)
+    saved.seek(0)
+    again = torch.export.load(saved).module()
+    x = inputs(6)
+    assert same(again(*x), model(*x))
+
+
+def test_names_are_the_users_own(load: Load) -> None:
+    lifted = load(MobileLike(), (torch.randn(2, 3, 8, 8),)).module
+    conv = lifted.get_submodule("blocks.1.conv.3")
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.groups == 24
+    assert isinstance(load(SmallViT(), (torch.randn(2, 3, 8, 8),)).module.get_submodule("attention.in_proj"), nn.Linear)
+
+
+def test_a_replaced_layer_trains_and_exports(load: Load) -> None:
+    lifted = load(VGGLike(), (torch.randn(2, 3, 8, 8),)).module
+    conv, linear = lifted.get_submodule("features.4"), lifted.get_submodule("classifier.0")
+    lifted.get_submodule("features").add_module("4", LowRankConv.like(conv, (3,)))
+    lifted.get_submodule("classifier").add_module("0", LowRankLinear.like(linear, (4,)))
+    x = torch.randn(4, 3, 8, 8)
+    lifted.train()(x).sum().backward()
+    assert all(p.grad is not None for p in lifted.parameters())
+    program = torch.export.export(lifted.eval(), (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    y = torch.randn(7, 3, 8, 8)
+    assert torch.equal(program.module()(y), lifted(y))
+
+
+def test_hooks_see_what_a_layer_gave_not_what_became_of_it(load: Load) -> None:
+    lifted = load(VGGLike(), (torch.randn(2, 3, 8, 8),)).module
+    seen: list[Tensor] = []
+    lifted.get_submodule("features.1").register_forward_hook(lambda m, a, out: seen.append(out))
+    lifted(torch.randn(4, 3, 8, 8))
+    assert bool((seen[0] < 0).any())  # the activation after it is in place in the user's code
+
+
+def test_tied_weights_stay_one_parameter_and_are_locked(load: Load) -> None:
+    lifted = load(TiedLM(), (torch.randint(0, 30, (2, 7)),))
+    embed, out = lifted.module.get_submodule("embed"), lifted.module.get_submodule("out")
+    assert embed.weight is out.weight
+    assert set(lifted.locked) == {"embed", "out"}
+
+
+def test_layers_that_cannot_be_lifted_are_reported(load: Load) -> None:
+    lifted = load(Twice(), (torch.randn(2, 6),))
+    text = " ".join(lifted.skipped)
+    assert "frozen" in text
+    assert "no_grad" in text
+    assert "normed" in text
+
+
+def test_a_deep_copy_is_independent(load: Load) -> None:
+    lifted = load(VGGLike(), (torch.randn(2, 3, 8, 8),)).module
+    x = torch.randn(2, 3, 8, 8)
+    before = lifted(x)
+    other = copy.deepcopy(lifted)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert torch.equal(lifted(x), before)
+    assert not torch.equal(other(x), before)
+
+
+def test_a_half_precision_file_is_lifted_to_float32(load: Load) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + torch.ones(4, dtype=torch.bfloat16)
+
+    model = Scaled().to(torch.bfloat16)
+    lifted = load(model, (torch.randn(2, 6).to(torch.bfloat16),))
+    assert lifted.inputs[0].dtype == "float32"
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(lifted.module(x), model.float()(x), rtol=1e-2, atol=1e-2)
+    assert lifted.module(x).dtype is torch.float32
+
+
+def test_a_wholly_frozen_file_learns_again_a_partly_frozen_one_stays_so(load: Load) -> None:
+    frozen = VGGLike().requires_grad_(False)
+    assert all(p.requires_grad for p in load(frozen, (torch.randn(2, 3, 8, 8),)).module.parameters())
+    partly = VGGLike()
+    partly.features.requires_grad_(False)
+    lifted = load(partly, (torch.randn(2, 3, 8, 8),)).module
+    assert {n.split(".")[0] for n, p in lifted.named_parameters() if p.requires_grad} == {"classifier"}
+
+
+def test_a_train_mode_export_evaluates_like_the_original(tmp_path: Any) -> None:
+    from search.intake import load_model
+
+    make, inputs = ZOO["vgg"]
+    model = settle(make(), inputs).train()
+    program = torch.export.export(model, inputs(4), dynamic_shapes=({0: Dim.DYNAMIC},))
+    model.eval()
+    torch.export.save(program, tmp_path / "m.pt2")
+    lifted = load_model(tmp_path / "m.pt2", scratch=tmp_path)
+    x = inputs(3)
+    assert same(lifted.module(*x), model(*x))
+
+
+def test_example_gives_valid_inputs(load: Load) -> None:
+    lifted = load(TiedLM(), (torch.randint(0, 30, (2, 7)),))
+    (tokens,) = lifted.example(5)
+    assert tokens.shape == (5, 7)
+    assert int(tokens.max()) < 30
+    assert lifted.inputs[0].shape == (None, 7)
+    assert lifted.outputs[0].name == "logits"
+    assert lifted.outputs[0].shape == (None, 7, 30)
