@@ -94,7 +94,7 @@ def list_artifacts(
     db: Db,
     caller: Reader,
     job_id: str,
-    trial: Annotated[int | None, Query(ge=0, description="Only this trial's.")] = None,
+    trial: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Only this trial's.")] = None,
     cursor: Cursor = None,
     limit: Limit = 100,
 ) -> Response:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from api.auth import Db, Reader, Submitter
 from api.conditional import Wait, conditional, until_changed
 from api.idempotency import Once, Reply
-from api.models import Name
+from api.models import Id, Name
 from api.paging import Cursor, Limit, PageOf, page_of
 from api.problems import responses
 from db import datasets, uploads
@@ -43,7 +43,7 @@ class DatasetRequest(DataSpec):
         }
     )
 
-    upload: str
+    upload: Id
     """The id that POST /v1/uploads gave."""
     name: Name | None = None
     """For people; the upload's file name when left out."""

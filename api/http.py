@@ -70,6 +70,8 @@ class Envelope:
                 status = message["status"]
                 reply = MutableHeaders(scope=message)
                 reply["X-Request-ID"] = request_id
+                if scope["path"].startswith("/static/"):
+                    reply.setdefault("Cache-Control", "no-cache")
                 for name, value in HEADERS.items():
                     reply.setdefault(name, value)
             await send(message)

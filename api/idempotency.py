@@ -3,6 +3,7 @@
 Only replies of success are kept: a refused request changed nothing, so it may simply be tried again.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
 from api.auth import Db, Submitter
+from api.problems import Problem
 from db import replies
 from db.engine import Database
 from db.settings import Settings
@@ -114,7 +116,23 @@ class Run:
 
 
 async def _request_hash(request: Request) -> str:
-    return replies.request_hash(request.method, request.url.path, await request.body())
+    body = await request.body()
+    if b"\\ud" in body.lower():
+        _refuse_half_characters(body)
+    return replies.request_hash(request.method, request.url.path, body)
+
+
+def _refuse_half_characters(body: bytes) -> None:
+    """JSON can spell half of a surrogate pair; no reply could repeat it and PostgreSQL cannot keep it."""
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = str(error.object[error.start : error.end]).encode(errors="backslashreplace").decode()
+        raise Problem(
+            422, "unstorable_value", f"The body has {half}, which is half a character: send whole ones."
+        ) from error
+    except ValueError:
+        return  # what is not JSON is told so where the body is read
 
 
 def _once(

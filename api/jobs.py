@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.auth import Db, Reader, Submitter
 from api.conditional import Wait, conditional, until_changed
 from api.idempotency import Once, Reply
-from api.models import Name
+from api.models import Id, Name
 from api.paging import Cursor, Limit, PageOf
 from api.problems import Problem, responses
 from api.views import JobView, job_view
@@ -45,9 +45,9 @@ class JobRequest(JobSpec):
         }
     )
 
-    model: str
+    model: Id
     """Id of a network of yours that was not rejected."""
-    dataset: str
+    dataset: Id
     """Id of a data set of yours that was not rejected."""
     name: Name | None = None
     """For people."""

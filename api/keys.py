@@ -28,7 +28,7 @@ class KeyRequest(BaseModel):
 
     name: Name
     scopes: Annotated[list[Scope], Field(min_length=1)] = [Scope.READ, Scope.SUBMIT]
-    owner: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+    owner: Annotated[str, Field(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = Field(
         default=None, description="Whose things the key sees; your own when left out."
     )
 

@@ -18,11 +18,15 @@ from db.settings import Settings
 from db.tables import AssetState, Model
 from search.spec import ModelInfo
 
-__all__ = ["Name", "router"]
+__all__ = ["Id", "Name", "router"]
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""What our ids look like; whether one exists is for the database to say."""
 
 
 class ArchitectureRequest(BaseModel):
@@ -30,7 +34,7 @@ class ArchitectureRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Name
     options: dict[str, Any] = {}
 
 
@@ -42,7 +46,7 @@ class ModelRequest(BaseModel):
         json_schema_extra={"example": {"upload": "upl_5c1f0c0f6a7b8d9e0f1a2b3c", "name": "resnet20"}},
     )
 
-    upload: str = Field(description="The id that POST /v1/uploads gave.")
+    upload: Id = Field(description="The id that POST /v1/uploads gave.")
     name: Name | None = Field(default=None, description="For people; the upload's file name when left out.")
     format: Literal["auto", "pt2", "safetensors", "state_dict"] = "auto"
     architecture: ArchitectureRequest | None = Field(

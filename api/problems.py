@@ -11,7 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -126,6 +127,7 @@ def _echo(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value if value == value else str(value)  # NaN is not JSON
     text = value if isinstance(value, str) else repr(value)
+    text = text.encode(errors="backslashreplace").decode()  # JSON may carry half a surrogate pair, UTF-8 may not
     return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
 
 
@@ -168,6 +170,8 @@ STATUS_OF: dict[type[TenfoldError], int] = {NotFound: 404, Conflict: 409, TooLar
 
 
 def _of_science(error: TenfoldError) -> Problem:
+    if error.code == "upload_abandoned":
+        return Problem(408, error.code, error.message)
     if isinstance(error, LostBlob | BadDatabase):
         log.error("storage is broken", exc_info=error)
         return Problem(500, error.code, error.message)
@@ -175,7 +179,11 @@ def _of_science(error: TenfoldError) -> Problem:
     return Problem(status, error.code, error.message[:1].upper() + error.message[1:])
 
 
-def _of_database(error: OperationalError) -> Problem:
+def _of_database(error: Exception) -> Problem:
+    if isinstance(error, DataError):
+        return Problem(
+            422, "unstorable_value", "The request has a value that no column can hold, such as a NUL character."
+        )
     log.error("database unavailable", exc_info=error)
     return Problem(
         503, "database_unavailable", "The database does not answer: try again shortly.", headers={"Retry-After": "5"}
@@ -198,7 +206,6 @@ def install(app: FastAPI) -> None:
         return problem_response(request.scope, _of_science(error))
 
     def database(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, OperationalError)  # noqa: S101
         return problem_response(request.scope, _of_database(error))
 
     def system(request: Request, error: Exception) -> JSONResponse:
@@ -209,5 +216,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(TenfoldError, science)
-    app.add_exception_handler(OperationalError, database)
+    for kind in (OperationalError, DataError, PoolTimeout):
+        app.add_exception_handler(kind, database)
     app.add_exception_handler(OSError, system)

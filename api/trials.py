@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
@@ -35,6 +35,7 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 
+Number = Annotated[int, Path(ge=0, le=2**31 - 1, description="The trial's number.")]
 FOUND = responses(304, 401, 404)
 
 
@@ -155,7 +156,7 @@ def list_trials(
 
 
 @router.get("/trials/{number}", operation_id="get_trial", response_model=TrialDetail, responses=FOUND)
-def get_trial(request: Request, db: Db, caller: Reader, job_id: str, number: int) -> Response:
+def get_trial(request: Request, db: Db, caller: Reader, job_id: str, number: Number) -> Response:
     """One candidate: its plan, the results of every rung, and its learning curves."""
     with db.read() as s:
         jobs.get(s, caller.owner, job_id)
@@ -169,7 +170,7 @@ def get_trial(request: Request, db: Db, caller: Reader, job_id: str, number: int
     response_model=JobView,
     responses=responses(401, 403, 404, 409, 422),
 )
-def export_trial(caller: Submitter, job_id: str, number: int, once: Once) -> Response:
+def export_trial(caller: Submitter, job_id: str, number: Number, once: Once) -> Response:
     """Make files of one more trial of a finished job; they appear among its artifacts."""
     return once(partial(_export, caller.owner, job_id, number))
 
@@ -193,7 +194,9 @@ def get_layers(
     db: Db,
     caller: Reader,
     job_id: str,
-    trial: Annotated[int | None, Query(ge=0, description="Whose plan; the best one's when left out.")] = None,
+    trial: Annotated[
+        int | None, Query(ge=0, le=2**31 - 1, description="Whose plan; the best one's when left out.")
+    ] = None,
 ) -> Response:
     """Every layer before and after: what replaces it, at which ranks, at which cost."""
     with db.read() as s:

@@ -30,6 +30,7 @@ router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
 DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]+):")
 """One member of a Content-Digest header (RFC 9530)."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -153,6 +154,7 @@ async def create_upload(
     The answer's ``id`` is what models and data sets are made of.
     """
     settings: Settings = request.app.state.settings
+    filename = CONTROL.sub("_", filename)
     promised = _promised(content_digest, x_content_sha256)
     # The body can be hashed only while it streams by: a repeat's is compared with the kept SHA-256 instead.
     run = Run(

@@ -1,4 +1,6 @@
+import base64
 import errno
+import json
 import sqlite3
 import threading
 
@@ -165,3 +167,44 @@ def test_requests_from_many_threads_are_answered(service):
     for thread in threads:
         thread.join()
     assert statuses == [202] * 8
+
+
+# ------------------------------------------------------------------------------------------------ hostile requests
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "a\x00b", "\ud800", "\x7f", "x" * 300, "", "'; DROP TABLE jobs; --", "💥" * 70]
+)
+def test_no_text_breaks_the_service(on_both, text):
+    content = json.dumps({"upload": on_both.upload(), "name": text, "architecture": {"name": text or "a"}})
+    reply = on_both.post("/v1/models", content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code in {202, 422}
+    if reply.status_code == 202:
+        assert on_both.get(reply.headers["Location"]).json()["name"] == text
+    reply = on_both.post(
+        "/v1/models", content=json.dumps({"upload": text}), headers={"Content-Type": "application/json"}
+    )
+    assert reply.status_code in {404, 422}
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/%00", "/v1/models/a%00b", "/v1/artifacts/%F0%9F%92%A5", "/v1/keys/%2e%2e"])
+def test_no_id_breaks_the_service(on_both, path):
+    assert on_both.get(path).status_code in {404, 405, 422}
+
+
+@pytest.mark.parametrize("key", [[1e400, "x"], [1.0, "\x00"], [10**30], [-(10**30)], ["x"], {}, None])
+def test_no_cursor_breaks_the_service(on_both, key):
+    cursor = base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
+    job = on_both.new_job()
+    for path in ("/v1/jobs", f"/v1/jobs/{job}/trials", f"/v1/jobs/{job}/events"):
+        assert on_both.get(path, params={"cursor": cursor}).json()["code"] == "bad_cursor"
+
+
+@pytest.mark.parametrize("number", ["-1", "99999999999999999999", "1e3", "x"])
+def test_no_trial_number_breaks_the_service(on_both, number):
+    assert on_both.get(f"/v1/jobs/{on_both.new_job()}/trials/{number}").status_code == 422
+
+
+def test_a_file_name_keeps_no_control_characters(on_both):
+    made = on_both.post("/v1/uploads", params={"filename": "a\x00b\n.pt2"}, content=b"x").json()
+    assert made["filename"] == "a_b_.pt2"
