@@ -6,9 +6,9 @@ For each group, with ``x`` the (im2col) input, channel by channel with taps insi
 * ``cross``  = E[(y - Ey)(x - Ex)']   (D)
 * ``energy`` = E[(y - Ey)^2] for each output
 
-Neighbouring positions of an image say nearly the same, so only as many rows are drawn (per sample, at random, seeded) as
-the moments' size calls for: ``ROWS`` for each of the n columns. Sums are taken about the mean of the first rows, so that a
-large mean does not eat the digits of a small variance; each batch in float32, batches together in float64.
+Neighbouring positions of an image say nearly the same, so only as many rows are drawn (per sample, at random, seeded)
+as the moments' size calls for: ``ROWS`` for each of the n columns. Sums are taken about the mean of the first rows, so
+that a large mean does not eat the digits of a small variance; each batch in float32, batches together in float64.
 """
 
 import math
@@ -76,7 +76,7 @@ class Moments:
 
         ``target_only``: these rows of ``x`` were added before (``retarget``), only what depends on ``y`` is summed.
         """
-        y = y.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        y = y.reshape(len(y), self.groups, -1).transpose(0, 1)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self._origin_x, y - self._origin_y
@@ -129,6 +129,7 @@ class Rows:
         """``samples``: how many samples are expected in all."""
         self.layer = layer
         self.is_conv = isinstance(layer, _CONVS)
+        self.groups = layer.groups if isinstance(layer, _CONVS) else 1
         self.width = weight_of(layer)[0].numel()
         self.per_sample = math.ceil(rows * self.width / max(samples, 1))
 
@@ -149,8 +150,7 @@ class Rows:
             return (x if index is None else x[index]).reshape(1, -1, x.shape[-1])
         windows = _windows(self.layer, x)
         rows = windows if index is None else windows[index]
-        groups = self.layer.groups
-        return rows.reshape(-1, groups, self.width).transpose(0, 1).contiguous()  # type: ignore[arg-type]
+        return rows.reshape(-1, self.groups, self.width).transpose(0, 1).contiguous()
 
     def outputs(self, y: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
         """(rows, out) of something shaped like the layer's output."""

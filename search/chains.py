@@ -1,8 +1,8 @@
 """What follows a layer in the graph, as far as it can be looked through: batch norm, an addition, a ReLU.
 
-Matching a layer's raw output is not the goal; matching what the network goes on with is. In evaluation mode a batch norm
-is a scale and shift of each channel, an addition brings a second operand that may carry errors of its own, and a ReLU
-forgets how negative its input was. ``follow`` finds these; ``reconstruct`` aims at them.
+Matching a layer's raw output is not the goal; matching what the network goes on with is. In evaluation mode a batch
+norm is a scale and shift of each channel, an addition brings a second operand that may carry errors of
+its own, and a ReLU forgets how negative its input was. ``follow`` finds these; ``reconstruct`` aims at them.
 """
 
 import operator

@@ -1,11 +1,11 @@
 """What is wanted of one layer's output, seen through what follows it (``chains``).
 
-With ``a, b`` the scale and shift of a batch norm behind the layer, ``s`` the other operand of an addition behind that, and a
-tilde for the compressed network, the output wanted is
+With ``a, b`` the scale and shift of a batch norm behind the layer, ``s`` the other operand of an addition behind that,
+and a tilde for the compressed network, the output wanted is
 
 * plain: ``y``
-* through the norm and the addition: ``(a y + b + s - b~ - s~) / a~``, errors weighed by ``a~^2`` for each channel, so that the
-  layer makes up for the error that its sibling brings;
+* through the norm and the addition: ``(a y + b + s - b~ - s~) / a~``, errors weighed by ``a~^2`` for each channel, so
+  that the layer makes up for the error that its sibling brings;
 * before a ReLU, only what passes it counts. Where the original is cut off (``z <= 0``), any value that is cut off
   too is right: aim at ``min(z~, 0)`` for the present ``z~``, refit, repeat. Each round majorises the error behind
   the ReLU and touches it at the present point, so the error falls (after Zhang et al. 2015, "Accelerating very deep
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from tenfold.layers import FactorizedLayer
 from torch import Tensor, fx, nn
 
 from search.calibrate import ROWS, Rows, weight_of
 from search.chains import Chain
 from search.norms import affine, typed
+from tenfold.layers import FactorizedLayer
 
 __all__ = ["Options", "Target", "dense_weight", "last_link"]
 

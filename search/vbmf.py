@@ -22,12 +22,12 @@ def evbmf_rank(matrix: NDArray[np.floating], shape: tuple[int, int] | None = Non
     Source: with L <= M, a = L / M and t = 2.5129 sqrt(a): x = (1 + t)(1 + a / t); the noise s2 minimises the free
     energy; rank = #{s > sqrt(M s2 x)}.
     """
-    values = np.asarray(matrix, dtype=np.float64)
+    values: NDArray[np.float64] = np.asarray(matrix, dtype=np.float64)
     if shape is None:
         if values.ndim != 2 or not values.size:
             raise ValueError(f"evbmf_rank takes a matrix, or singular values with a shape; got shape {values.shape}")
         shape = (values.shape[0], values.shape[1])
-        values = np.linalg.svd(values, compute_uv=False)
+        values = np.asarray(np.linalg.svd(values, compute_uv=False), dtype=np.float64)
     small, large = sorted(shape)
     spectrum = np.sort(values.ravel())[::-1][:small]
     if not spectrum.size or spectrum[0] <= 0:

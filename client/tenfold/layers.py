@@ -14,7 +14,7 @@ With groups, every link has the same number of groups and ranks count *per group
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ __all__ = [
     "factorized_like",
 ]
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -126,7 +127,7 @@ class _ConvChain(FactorizedLayer):
         dilation: Sequence[int] | int = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -209,7 +210,7 @@ class _ConvChain(FactorizedLayer):
 
     def _per_group(self, weight: Tensor) -> Tensor:
         """``(groups, out / groups, in / groups, *kernel)``."""
-        return weight.unflatten(0, (self.groups, -1))
+        return weight.reshape(self.groups, -1, *weight.shape[1:])
 
     first: Conv
     last: Conv

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import Statistics
+from search.calibrate import Statistics, weight_of
 from search.spec import CurvePoint
 from tenfold.layers import FactorizedLayer
 
@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "Problem",
     "bias_parameters",
+    "conv_of",
     "conv_reason",
     "fill",
     "geometry",
@@ -173,10 +174,20 @@ def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
 
 def geometry(layer: nn.Module) -> tuple[int, Tensor]:
     """``(groups, weight as (groups, out / groups, in / groups * taps))``."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(layer)
     groups = int(layer.groups) if isinstance(layer, CONVS) else 1
-    return groups, weight.flatten(1).unflatten(0, (groups, -1))
+    return groups, weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def conv_of(layer: nn.Module) -> Conv:
+    """The layer, known to be a convolution.
+
+    Raises:
+        TypeError: it is not (``applies_to`` says so beforehand).
+    """
+    if not isinstance(layer, CONVS):
+        raise TypeError(f"expected a convolution, got {type(layer).__name__}")
+    return layer
 
 
 def conv_reason(layer: nn.Module) -> str | None:
@@ -192,8 +203,7 @@ def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedL
     """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias."""
     with torch.no_grad():
         for name, value in links.items():
-            weight = new.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
+            weight = weight_of(new.get_submodule(name))
             weight.copy_(value.reshape(weight.shape))
         if isinstance(layer.bias, Tensor):
             new.last.bias.copy_(layer.bias)  # type: ignore[operator,union-attr]
@@ -242,7 +252,7 @@ def thin(points: Sequence[CurvePoint], dense: tuple[int, int]) -> tuple[CurvePoi
 
 def sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spatial output sizes of a convolution for spatial ``input_sizes``."""
-    assert isinstance(layer, CONVS)
+    layer = conv_of(layer)
     if isinstance(layer.padding, str):
         before = after = [0] * len(layer.kernel_size)
         if layer.padding == "same":

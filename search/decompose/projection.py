@@ -1,14 +1,15 @@
 """The shared solver: project the input of each tap to ``r`` channels, then map the projected taps to the outputs.
 
-Split the input ``x`` (n = A * T entries, A outer) into T taps ``x_t`` of A entries. A first factor ``P`` (r, A) shared by
-all taps and a second ``Q`` (out, r, T) give ``V x = sum_t Q_t P x_t``. This is
+Split the input ``x`` (n = A * T entries, A outer) into T taps ``x_t`` of A entries. A first factor ``P`` (r, A) shared
+by all taps and a second ``Q`` (out, r, T) give ``V x = sum_t Q_t P x_t``. This is
 
 * ``svd_input`` and ``tucker2`` with A = input channels, T = kernel positions (Tucker-2 then cuts Q's output rank);
 * ``spatial_svd`` with A = (input channels, rows), T = columns.
 
-Given P the best Q is a linear regression and the best Q of output rank ``s`` a reduced-rank regression, nested in s (one
-eigendecomposition for all). Given Q the best P solves the normal equations ``sum_tu Q_t'M^2 Q_u P C_ut = sum_t Q_t' M^2 D_t``, by
-conjugate gradients. P starts from the leading subspace of B in the whitened coordinates of one tap, nested in r.
+Given P the best Q is a linear regression and the best Q of output rank ``s`` a reduced-rank regression, nested in s
+(one eigendecomposition for all). Given Q the best P solves the normal equations
+``sum_tu Q_t' M^2 Q_u P C_ut = sum_t Q_t' M^2 D_t``, by conjugate gradients. P starts from the leading subspace of B in
+the whitened coordinates of one tap, nested in r.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class Nested:
         return max(self.base - float(self.gains[:rank].sum()), 0.0)
 
     def weight(self, rank: int) -> Tensor:
-        return self.last[:, :rank] @ self.core[:rank]
+        return torch.matmul(self.last[:, :rank], self.core[:rank])
 
 
 def project(problem: Problem, taps: int) -> Tensor:

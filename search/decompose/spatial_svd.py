@@ -1,4 +1,4 @@
-"""``spatial_svd`` (Jaderberg et al. 2014): a k x 1 then a 1 x k convolution; the matrix ``(in * rows) x (out * columns)``.
+"""``spatial_svd`` (Jaderberg et al. 2014): k x 1 then 1 x k; the matrix ``(in * rows) x (out * columns)``.
 
 The plain one is a singular value decomposition. In the norm of C the two factors are found by alternating least
 squares from a whitened start: see ``projection`` with one tap for each column.
@@ -52,11 +52,10 @@ class SpatialSVD:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        assert isinstance(layer, nn.Conv2d)
         rows, columns, c_in, c_out = _sizes(layer)
         first, last = (layer.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         # The first link strides along rows only, so it is applied at more positions than the last.
-        middle = output_positions * layer.stride[1]
+        middle = output_positions * conv2d_of(layer).stride[1]
         if input_sizes is not None:
             middle = sizes_along(layer, input_sizes)[0] * input_sizes[1]
         return first + last + bias_parameters(layer), first * middle + last * output_positions
@@ -109,5 +108,17 @@ class SpatialSVD:
 
 def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
     """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
-    assert isinstance(layer, nn.Conv2d)
-    return (*layer.kernel_size, layer.in_channels // layer.groups, layer.out_channels // layer.groups)  # type: ignore[return-value]
+    conv = conv2d_of(layer)
+    rows, columns = conv.kernel_size
+    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
+
+
+def conv2d_of(layer: nn.Module) -> nn.Conv2d:
+    """The layer, known to be a Conv2d.
+
+    Raises:
+        TypeError: it is not (``applies_to`` says so beforehand).
+    """
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"spatial_svd replaces Conv2d, got {type(layer).__name__}")
+    return layer

@@ -1,7 +1,7 @@
 """``svd``: the layer's matrix ``out x (in * taps)`` at rank r: k x k then 1 x 1; a Linear becomes two.
 
-Data-aware this is reduced-rank regression: with U the top-r eigenvectors of ``M B C B' M``, ``V = M^-1 U U' M B`` is the best
-matrix of rank r in the norm of C (Eckart-Young in whitened coordinates), all ranks from one eigendecomposition.
+Data-aware this is reduced-rank regression: with U the top-r eigenvectors of ``M B C B' M``, ``V = M^-1 U U' M B``
+is the best matrix of rank r in the norm of C (Eckart-Young in whitened coordinates); one eigendecomposition gives all.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ class SVD:
             parameters, macs = self.cost(layer, ranks, output_positions)
             errors = [p.floor + float(v[ranks[0] :].sum()) for p, v in zip(parts, spectra, strict=True)]
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
-        groups, weight = geometry(layer)
+        weight = geometry(layer)[1]
         return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
 
 

@@ -1,4 +1,5 @@
-"""``tucker2`` (Kim et al. 2016): 1 x 1 to r1 channels, k x k to r2, 1 x 1 back; and ``svd_input``, which keeps all outputs.
+"""``tucker2`` (Kim et al. 2016): 1 x 1 to r1 channels, k x k to r2, 1 x 1 back; and ``svd_input``, which keeps all
+outputs.
 
 The input factor P comes from the whitened input channels (HOSVD in the norm of C); for each r1 one regression gives the
 core with *all* output ranks nested; alternating least squares then refines P for the ranks that are really used.
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from search.calibrate import Statistics
 from search.decompose.base import (
-    CONVS,
     Fit,
     bias_parameters,
+    conv_of,
     conv_reason,
     fill,
     geometry,
@@ -76,7 +77,7 @@ class Tucker2:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        c_out, c_in, taps = _sizes(layer)
+        c_out, _, taps = _sizes(layer)
         low, high = ranks
         parts = problems(layer, statistics, metric)
         firsts, cores, lasts, errors = [], [], [], []
@@ -195,6 +196,6 @@ class SVDInput:
 
 def _sizes(layer: nn.Module) -> tuple[int, int, int]:
     """``(out, in, taps)``, channels per group."""
-    assert isinstance(layer, CONVS)
     groups, weight = geometry(layer)
-    return weight.shape[1], layer.in_channels // groups, weight.shape[2] // (layer.in_channels // groups)
+    c_in = conv_of(layer).in_channels // groups
+    return weight.shape[1], c_in, weight.shape[2] // c_in

@@ -1,0 +1,186 @@
+"""What every decomposition must do, whatever it is. A test class inherits ``Contract`` and names its layers."""
+
+import copy
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from search.calibrate import Statistics
+from search.decompose import METHODS, Method
+from tenfold.layers import FactorizedLayer, factorized_like
+
+from .conftest import smooth_input
+
+StatisticsOf = Callable[[nn.Module, Tensor], Statistics]
+
+
+def true_error(layer: nn.Module, module: nn.Module, x: Tensor) -> float:
+    """E||y - y^||^2 / E||y - Ey||^2 of the centred outputs, from the outputs themselves."""
+    with torch.no_grad():
+        y, z = layer.double()(x.double()), module.double()(x.double())
+    axis = 1 if y.dim() > 2 else -1
+    y, z = y.movedim(axis, -1).flatten(0, -2), z.movedim(axis, -1).flatten(0, -2)
+    y, z = y - y.mean(0), z - z.mean(0)
+    return float((y - z).square().sum() / y.square().sum())
+
+
+def output_positions(layer: nn.Module, x: Tensor) -> int:
+    with torch.no_grad():
+        y = layer(x[:1])
+    return y[0, 0].numel() if y.dim() > 2 else 1
+
+
+class Contract:
+    method: ClassVar[str]
+    layers: ClassVar[dict[str, Callable[[], nn.Module]]]
+    full: ClassVar[Callable[[nn.Module], tuple[int, ...]]]
+    """Ranks at which the method is exact."""
+
+    @property
+    def m(self) -> Method:
+        return METHODS[self.method]
+
+    @pytest.fixture(autouse=True)
+    def _one_seed(self) -> None:
+        torch.manual_seed(3)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "name" in metafunc.fixturenames:
+            metafunc.parametrize("name", list(self.layers))
+
+    def middle(self, layer: nn.Module) -> tuple[int, ...]:
+        lattice = self.m.ranks(layer)
+        return lattice[len(lattice) // 2]
+
+    def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        x = smooth_input(layer)
+        for statistics in (None, statistics_of(layer, x)):
+            fit = self.m.factorize(layer, type(self).full(layer), statistics)
+            assert fit.error < 1e-4
+            torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
+
+    def test_the_error_never_rises_with_rank(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        statistics = statistics_of(layer, smooth_input(layer))
+        for known in (None, statistics):
+            by_cost = sorted(self.m.curve(layer, known, 4), key=lambda p: p.parameters)
+            errors = {p.ranks: p.error for p in by_cost}
+            for low, error in errors.items():
+                for high, other in errors.items():
+                    if all(a <= b for a, b in zip(low, high, strict=True)):
+                        assert other <= error + 1e-9
+
+    def test_its_stated_error_is_the_error_of_its_outputs(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        x = smooth_input(layer)
+        fit = self.m.factorize(layer, self.middle(layer), statistics_of(layer, x))
+        assert fit.error == pytest.approx(true_error(copy.deepcopy(layer), fit.module, x), rel=2e-3, abs=1e-5)
+
+    def test_a_fit_is_no_worse_than_its_point_on_the_curve(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        statistics = statistics_of(layer, smooth_input(layer))
+        for point in self.m.curve(layer, statistics, 4)[::9]:
+            assert self.m.factorize(layer, point.ranks, statistics).error <= point.error + 1e-6
+
+    def test_data_aware_factors_beat_plain_ones_on_the_data(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        x = smooth_input(layer)
+        ranks = self.middle(layer)
+        aware = self.m.factorize(layer, ranks, statistics_of(layer, x)).module
+        plain = self.m.factorize(layer, ranks, None).module
+        assert true_error(copy.deepcopy(layer), aware, x) <= true_error(copy.deepcopy(layer), plain, x)
+
+    def test_predicted_parameters_and_macs_are_the_modules(self, name: str) -> None:
+        layer = self.layers[name]()
+        x = smooth_input(layer, samples=1)[:1]
+        sizes = tuple(x.shape[2:])
+        for ranks in self.m.ranks(layer)[::7]:
+            module = factorized_like(layer, self.method, ranks)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module(x)
+            parameters, macs = self.m.cost(layer, ranks, output_positions(layer, x), input_sizes=sizes)
+            assert parameters == sum(p.numel() for p in module.parameters())
+            assert macs == counter.get_total_flops() // 2
+
+    def test_every_point_is_strictly_cheaper_than_the_dense_layer(self, name: str, statistics_of: StatisticsOf) -> None:
+        layer = self.layers[name]()
+        x = smooth_input(layer)
+        positions = output_positions(layer, x)
+        curve = self.m.curve(layer, statistics_of(layer, x), positions)
+        assert 0 < len(curve) <= 60
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(x[:1])
+        for point in curve:
+            assert point.parameters < sum(p.numel() for p in layer.parameters())
+            assert point.macs < counter.get_total_flops() // 2
+
+    def test_it_computes_what_its_dense_layer_computes(self, name: str) -> None:
+        layer = self.layers[name]()
+        module = self.m.factorize(layer, self.middle(layer), None).module
+        x = smooth_input(layer, samples=2)
+        dense = module.dense()
+        assert type(dense) is type(layer)
+        assert dense.weight.shape == layer.weight.shape
+        torch.testing.assert_close(dense(x), module(x), rtol=1e-4, atol=1e-4)
+
+    def test_gradients_reach_every_factor(self, name: str) -> None:
+        layer = self.layers[name]()
+        module = self.m.factorize(layer, self.middle(layer), None).module
+        module(smooth_input(layer, samples=2)).square().sum().backward()
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0
+
+    def test_its_state_reloads_into_an_untrained_one(self, name: str) -> None:
+        layer = self.layers[name]()
+        fit = self.m.factorize(layer, self.middle(layer), None).module
+        method, ranks = fit.plan()
+        again: FactorizedLayer = factorized_like(layer, method, ranks)
+        again.load_state_dict(fit.state_dict())
+        x = smooth_input(layer, samples=2)
+        assert torch.equal(again(x), fit(x))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_follows_the_layers_precision(self, name: str, dtype: torch.dtype) -> None:
+        layer = self.layers[name]().to(dtype)
+        module = self.m.factorize(layer, self.middle(layer), None).module
+        x = smooth_input(layer, samples=2).to(dtype)
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        torch.testing.assert_close(
+            module(x), module.dense()(x), rtol=0.1, atol=0.5 if dtype == torch.bfloat16 else 1e-3
+        )
+
+    def test_channels_last_gives_the_same(self, name: str) -> None:
+        layer = self.layers[name]()
+        if not isinstance(layer, nn.Conv2d):
+            pytest.skip("channels-last is a layout of images")
+        module = self.m.factorize(layer, self.middle(layer), None).module
+        x = smooth_input(layer, samples=2)
+        expected = module(x)
+        moved = module.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(moved(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
+
+    def test_it_exports_without_our_classes(self, name: str) -> None:
+        layer = self.layers[name]()
+        module = self.m.factorize(layer, self.middle(layer), None).module.eval()
+        x = smooth_input(layer, samples=2)
+        program = torch.export.export(module, (x,))
+        torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def conv_layers() -> dict[str, Callable[[], nn.Module]]:
+    """Convolutions of every geometry that the channel methods take."""
+    return {
+        "plain": lambda: nn.Conv2d(12, 16, 3, padding=1),
+        "strided": lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1, bias=False),
+        "dilated": lambda: nn.Conv2d(12, 10, 3, padding=2, dilation=2),
+        "unpadded": lambda: nn.Conv2d(10, 12, (3, 2), stride=(1, 2)),
+        "grouped": lambda: nn.Conv2d(16, 24, 3, padding=1, groups=2),
+        "same": lambda: nn.Conv2d(10, 12, (2, 3), padding="same", dilation=(2, 1)),
+        "circular": lambda: nn.Conv2d(10, 12, 3, padding=1, padding_mode="circular"),
+    }
