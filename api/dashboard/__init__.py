@@ -9,13 +9,9 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
-__all__ = ["CONTENT_SECURITY_POLICY", "add_dashboard"]
+from api.http import PAGE_POLICY
 
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
-    "img-src 'self' data: blob:; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""plotly.js writes style attributes, which is why styles may be inline; scripts may not."""
+__all__ = ["add_dashboard"]
 
 _HERE = Path(str(files(__package__)))
 _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -32,7 +28,7 @@ def add_dashboard(app: FastAPI) -> None:
             request,
             "index.html",
             {"version": app.version},
-            headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"},
+            headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"},
         )
 
     @router.get("/static/plotly.min.js")

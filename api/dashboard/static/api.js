@@ -71,6 +71,25 @@ export async function follow(path, show, signal) {
   }
 }
 
+/** Calls show(json) now and whenever the reply differs, looking every few seconds (what show returns), until `signal` aborts. */
+export async function poll(path, show, signal) {
+  let etag = null;
+  let pause = 3;
+  while (!signal.aborted) {
+    try {
+      const reply = await checked(await fetch(path, { headers: { ...headers(), ...(etag ? { "If-None-Match": etag } : {}) }, signal, cache: "no-store" }));
+      if (reply.status !== 304) {
+        etag = reply.headers.get("ETag");
+        pause = show(await reply.json());
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Problem && error.status < 500 && error.status !== 429) throw error;
+    }
+    await new Promise((r) => setTimeout(r, 1000 * pause));
+  }
+}
+
 /** Stream a file up; XMLHttpRequest because fetch tells nothing of upload progress. */
 export function upload(file, progress) {
   return new Promise((resolve, reject) => {

@@ -1,7 +1,7 @@
 // One job, live.
 
 import { all, download, follow, get, post } from "./api.js";
-import { bestChart, COST, frontChart, layersChart } from "./charts.js";
+import { bestChart, COST, curvesChart, frontChart, layersChart, ranksChart } from "./charts.js";
 import { badge, clock, count, drop, duration, h, table, times, toast, value } from "./ui.js";
 
 const ENDED = ["done", "failed", "cancelled"];
@@ -12,7 +12,9 @@ export async function jobPage(main, signal, id) {
   const head = h("div");
   const charts = { front: h("div", { class: "chart", role: "img", "aria-label": "Accuracy against cost; the table of trials has the same figures" }),
     best: h("div", { class: "chart", role: "img", "aria-label": "Smallest cost within the budget over trials" }),
-    layers: h("div", { class: "chart", role: "img", "aria-label": "Parameters of each layer before and after; the table below has the same figures" }) };
+    layers: h("div", { class: "chart", role: "img", "aria-label": "Parameters of each layer before and after; the table below has the same figures" }),
+    ranks: h("div", { class: "chart", role: "img", "aria-label": "Rank of each layer in each trial" }),
+    curves: h("div", { class: "chart", role: "img", "aria-label": "The metric of the best trial after each epoch of fine-tuning" }) };
   const tables = { trials: h("div"), layers: h("div"), events: h("ul", { class: "events" }), files: h("div") };
   const cost = h("select", { "aria-label": "Cost shown", style: "width:auto" }, Object.keys(COST).map((c) => h("option", { value: c }, c)));
   main.replaceChildren(head,
@@ -21,6 +23,7 @@ export async function jobPage(main, signal, id) {
       part("Best so far", charts.best)),
     part("Files", tables.files),
     part("Layers, before and after", charts.layers, tables.layers),
+    h("div", { class: "grid" }, part("Ranks over trials", charts.ranks), part("Fine-tuning of the best", charts.curves)),
     part("Trials", tables.trials),
     part("Events", tables.events));
 
@@ -33,15 +36,21 @@ export async function jobPage(main, signal, id) {
 
   await follow(base, async (job) => {
     const quiet = (promise, otherwise) => promise.catch(() => otherwise);
-    const [trials, front, layers, events, files] = await Promise.all([
+    const [trials, front, layers, events, files, detail] = await Promise.all([
       quiet(all(`${base}/trials`), []), quiet(get(`${base}/front`), { points: [] }), quiet(get(`${base}/layers`), { layers: [] }),
-      quiet(all(`${base}/events`), []), quiet(all(`${base}/artifacts`), [])]);
+      quiet(all(`${base}/events`), []), quiet(all(`${base}/artifacts`), []),
+      job.best ? quiet(get(`${base}/trials/${job.best.trial}`), null) : null]);
     if (signal.aborted) return;
     if (!state) cost.value = job.spec.minimize[0];
     state = { job, trials, front: front.points, layers: layers.layers };
     drawHead(head, job, base);
     drawCharts();
     if (state.layers.length) layersChart(charts.layers, state.layers);
+    const trained = detail && Object.values(detail.results).some((r) => r.curve.length);
+    charts.ranks.parentElement.hidden = !(state.layers.length && trials.length);
+    charts.curves.parentElement.hidden = !trained;
+    if (state.layers.length && trials.length) ranksChart(charts.ranks, state.layers, trials);
+    if (trained) curvesChart(charts.curves, job, detail);
     drawTables(tables, state, events, files, base);
   }, signal);
 }
@@ -55,7 +64,7 @@ function drawHead(head, job, base) {
   if (job.state === "paused") buttons.push(h("button", { onclick: act("resume") }, "Resume"));
   else if (!ENDED.includes(job.state) && job.state !== "cancelling") buttons.push(h("button", { class: "quiet", onclick: act("pause") }, "Pause"));
   if (!ENDED.includes(job.state)) buttons.push(h("button", { class: "danger", disabled: job.state === "cancelling", onclick: act("cancel") }, "Cancel"));
-  if (job.state === "done") buttons.push(h("button", { class: "quiet", onclick: act("extend", { trials: 10 }) }, "Ten more trials"));
+  if (["done", "failed"].includes(job.state)) buttons.push(h("button", { class: "quiet", onclick: act("extend", { trials: 10 }) }, "Ten more trials"));
   const p = job.progress ?? {};
   const done = job.state === "done" ? 1 : (p.trials_done ?? 0) / Math.max(1, p.trials_asked ?? 1);
   const running = (p.running ?? []).map((r) => r.message).filter(Boolean).slice(0, 3).join(" · ");
@@ -92,13 +101,14 @@ function drawTables(tables, state, events, files, base) {
     { name: "MACs", num: true, show: (t) => count(t.result?.costs.macs) },
     { name: "Time", num: true, show: (t) => duration(t.result?.seconds) },
     { name: "Front", show: (t) => (onFront.has(t.number) ? "●" : "") },
-    { name: "", show: (t) => (state.job.state === "done" && t.state === "done" ? h("button", { class: "quiet", onclick: () => again(t) }, "Export") : "") },
+    { name: "", show: (t) => (ENDED.includes(state.job.state) && t.state === "done" ? h("button", { class: "quiet", onclick: () => again(t) }, "Export") : "") },
   ], [...state.trials].reverse(), "Trials") : h("p", { class: "muted" }, "No trial yet."));
   tables.layers.replaceChildren(state.layers.length ? table([
     { name: "Layer", show: (l) => l.name },
     { name: "Kind", show: (l) => l.kind },
     { name: "Weight", show: (l) => l.weight.join("×") },
-    { name: "Becomes", show: (l) => (l.method ? `${l.method}, rank ${l.ranks.join("×")}` : l.compressible ? "unchanged" : `unchanged: ${l.reason}`) },
+    { name: "Becomes", wrap: true, show: (l) => (l.method ? `${l.method}, rank ${l.ranks.join("×")}` : l.compressible ? "unchanged" : `unchanged: ${l.reason}`) },
+    { name: "Sensitivity", num: true, show: (l) => l.sensitivity?.toFixed(3) },
     { name: "Parameters", num: true, show: (l) => count(l.parameters) },
     { name: "after", num: true, show: (l) => count(l.parameters_after ?? l.parameters) },
     { name: "MACs", num: true, show: (l) => count(l.macs) },

@@ -1,16 +1,13 @@
 // All jobs of this key's owner.
 
-import { get } from "./api.js";
+import { poll } from "./api.js";
 import { badge, count, drop, h, table, times, value } from "./ui.js";
 
-export async function jobsPage(main, signal) {
-  while (!signal.aborted) {
-    const { items, next } = await get("/v1/jobs?limit=100");
-    if (signal.aborted) return;
+export function jobsPage(main, signal) {
+  return poll("/v1/jobs?limit=100", ({ items, next }) => {
     draw(main, items, next);
-    const alive = items.some((job) => !["done", "failed", "cancelled"].includes(job.state));
-    await new Promise((resolve) => setTimeout(resolve, alive ? 2000 : 10000));
-  }
+    return items.some((job) => !["done", "failed", "cancelled"].includes(job.state)) ? 2 : 10;
+  }, signal);
 }
 
 function draw(main, jobs, more) {
@@ -28,7 +25,7 @@ function draw(main, jobs, more) {
     { name: "Change", num: true, show: (j) => drop(j.best?.drop, j.baseline?.metric) },
     { name: "Parameters", num: true, show: (j) => count(j.best?.costs.parameters) },
     { name: "Smaller", num: true, show: (j) => times(j.baseline?.costs.parameters, j.best?.costs.parameters) },
-    { name: "Started", show: (j) => new Date(j.created_at * 1000).toLocaleString() },
+    { name: "Submitted", show: (j) => new Date(j.created_at * 1000).toLocaleString() },
   ];
   main.replaceChildren(head, h("div", { class: "card" }, table(columns, jobs, "Jobs")), more ? h("p", { class: "muted" }, "Only the newest hundred are shown; the API has them all.") : "");
 }

@@ -33,7 +33,7 @@ export async function newPage(main, signal) {
     h("h1", {}, "New job"),
     h("div", { class: "grid card" }, model.box, data.box),
     h("div", { class: "card" }, h("h2", {}, "Budget and effort"), h("div", { class: "fields" },
-      field("max-drop", "May lose (points of accuracy, or % of a loss)", number("max-drop", { value: "0.5", min: "0", step: "any", required: true })),
+      field("max-drop", "May lose: points, or % of a loss", number("max-drop", { value: "0.5", min: "0", step: "any", required: true })),
       field("minimize", "Make small", select("minimize", [["parameters", "parameters"], ["macs", "multiply-accumulates"], ["bytes", "bytes"], ["latency", "measured latency"]])),
       field("trials", "Trials", number("trials", { value: "30", min: "1", step: "1" })),
       field("epochs", "Epochs of fine-tuning", number("epochs", { value: "10", min: "0", step: "any" })))),
@@ -44,7 +44,7 @@ export async function newPage(main, signal) {
         field("scale", "Scale", number("scale", { value: "1", step: "any" })),
         field("mean", "Mean, per channel", h("input", { id: "mean", placeholder: "0.485, 0.456, 0.406" })),
         field("std", "Std, per channel", h("input", { id: "std", placeholder: "0.229, 0.224, 0.225" })),
-        field("layout", "Layout", select("layout", [["as_is", "channels first, or not images"], ["nhwc", "channels last (nhwc)"]])),
+        field("layout", "Layout", select("layout", [["as_is", "channels first"], ["nhwc", "channels last (nhwc)"]])),
         field("augment", "Augmentation", select("augment", [["none", "none"], ["crop", "crop"], ["crop_flip", "crop and flip"]])))),
     h("p", { class: "row" }, button), h("div", { class: "bar", hidden: true }, bar), message);
   main.replaceChildren(form);
@@ -82,7 +82,7 @@ export async function newPage(main, signal) {
       const job = await post("/v1/jobs", { model: m.id, dataset: d.id, name: model.file().name.replace(/\.\w+$/, ""),
         budget: { max_drop: Number(at("max-drop")) / 100 }, minimize: [at("minimize")],
         search: { trials: Number(at("trials")) }, fine_tune: { epochs: Number(at("epochs")) } });
-      location.hash = `#/jobs/${job.id}`;
+      if (!signal.aborted) location.hash = `#/jobs/${job.id}`;
     } catch (error) {
       say(error.message, true);
       button.disabled = false;

@@ -43,7 +43,7 @@ export function table(columns, rows, label) {
   return h("div", { class: "table-scroll", tabindex: "0", role: "region", "aria-label": label },
     h("table", {},
       h("thead", {}, h("tr", {}, columns.map((c) => h("th", { class: c.num ? "num" : "", scope: "col" }, c.name)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, columns.map((c) => h("td", { class: c.num ? "num" : "" }, c.show(row) ?? "–")))))));
+      h("tbody", {}, rows.map((row) => h("tr", {}, columns.map((c) => h("td", { class: c.num ? "num" : c.wrap ? "wrap" : "" }, c.show(row) ?? "–")))))));
 }
 
 let toastTimer;
