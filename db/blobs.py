@@ -5,6 +5,7 @@ dropped and the old one *touched*, which keeps garbage collection away from it (
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ CHUNK = 1 << 20
 
 TOUCH_SECONDS = 60.0
 """How often a slow upload says that it is still being written; far below any grace period of garbage collection."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Writer:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if not self._done:
-            self.abort()
+            try:
+                self.abort()
+            except Exception:  # what went wrong first is what the caller must hear of; collection does the rest
+                log.warning("an upload could not be cleaned up; garbage collection will do it", exc_info=True)
 
     def feed(self, data: bytes) -> None:
         self._size += len(data)

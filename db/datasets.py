@@ -4,11 +4,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from db import tasks, uploads
-from db.assets import delete_asset, in_use
+from db.assets import delete_asset
 from db.engine import new_id, now
 from db.errors import NotFound
 from db.pages import Page, newest_first
-from db.tables import AssetState, Dataset, Job, TaskKind
+from db.tables import AssetState, Dataset, TaskKind
 from search.spec import DataInfo, DataSpec
 
 __all__ = ["add", "delete", "get", "info", "page"]
@@ -53,6 +53,4 @@ def page(s: Session, owner: str, cursor: str | None = None, limit: int = 100) ->
 
 def delete(s: Session, owner: str, dataset_id: str) -> None:
     """Raises ``NotFound``, or ``Conflict`` (``dataset_in_use``) while a job refers to it."""
-    row = get(s, owner, dataset_id)
-    in_use(s, "dataset", row.id, Job.dataset_id == row.id)
-    delete_asset(s, row)
+    delete_asset(s, get(s, owner, dataset_id), "dataset")

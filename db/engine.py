@@ -149,9 +149,6 @@ def _on_connect(connection: Any, _: object) -> None:
     # The driver must not open transactions by itself: ``_on_begin`` does.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
-    if connection.execute("PRAGMA page_count").fetchone()[0] == 0:
-        # Only an empty file takes it: lets garbage collection give pages back to the disk.
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     _use_wal(connection)
 
 

@@ -3,6 +3,7 @@
 How a job gets on from task to task is in ``db.progress``.
 """
 
+from pydantic import ValidationError
 from sqlalchemy import delete as delete_rows
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -29,7 +30,8 @@ from db.tables import (
     TaskState,
     Trial,
 )
-from search.spec import ExportWork, JobSpec, Profile, TrialState
+from search.errors import BadRequest
+from search.spec import ExportWork, JobSpec, Profile, SearchSpec, TrialState
 
 __all__ = [
     "Snapshot",
@@ -162,17 +164,20 @@ def resume(s: Session, owner: str, job_id: str) -> Job:
 def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | None = None) -> Job:
     """More trials (and, where the job has a limit, more hours) for one that is done or has failed: wake its queue.
 
-    Raises ``Conflict`` (``job_not_extendable``).
+    Raises ``Conflict`` (``job_not_extendable``) and ``BadRequest`` (``bad_extension``).
     """
     job = _locked(s, owner, job_id)
     if job.state not in (JobState.DONE, JobState.FAILED):
         raise Conflict("job_not_extendable", f"job {job.id} is {job.state.value}: only one that is done or has failed")
+    for asset in (s.get(Model, job.model_id), s.get(Dataset, job.dataset_id)):
+        if asset is None or asset.state is AssetState.REJECTED:
+            reason = "" if asset is None else asset.reason
+            raise Conflict("job_not_extendable", f"job {job.id} cannot go on, what it works on was rejected: {reason}")
     spec = JobSpec.model_validate(job.spec)
     more: dict[str, int | float] = {"trials": spec.search.trials + trials}
     if spec.search.hours is not None:
         more["hours"] = max(spec.search.hours, job.spent_seconds / 3600) + (hours or 0.0)
-    job.spec = spec.model_copy(update={"search": spec.search.model_copy(update=more)}).model_dump(mode="json")
-    JobSpec.model_validate(job.spec)
+    job.spec = spec.model_copy(update={"search": _checked(spec.search, more)}).model_dump(mode="json")
     at = now(s)
     end_live(s, job, at)  # an export asked for since: the search decides anew
     job.reason_code = job.reason = None
@@ -220,6 +225,14 @@ def delete(s: Session, owner: str, job_id: str) -> None:
         s.execute(delete_rows(table).where(table.job_id == job.id))
     s.delete(job)
     s.flush()
+
+
+def _checked(search: SearchSpec, more: dict[str, int | float]) -> SearchSpec:
+    try:
+        return SearchSpec.model_validate({**search.model_dump(), **more})
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadRequest("bad_extension", f"the job cannot be extended to {more}: {told}") from error
 
 
 def _locked(s: Session, owner: str, job_id: str) -> Job:

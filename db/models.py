@@ -6,11 +6,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from db import tasks, uploads
-from db.assets import delete_asset, in_use
+from db.assets import delete_asset
 from db.engine import new_id, now
 from db.errors import NotFound
 from db.pages import Page, newest_first
-from db.tables import AssetState, Job, Model, TaskKind
+from db.tables import AssetState, Model, TaskKind
 from search.spec import ModelInfo
 
 __all__ = ["add", "delete", "get", "info", "page"]
@@ -65,6 +65,4 @@ def page(s: Session, owner: str, cursor: str | None = None, limit: int = 100) ->
 
 def delete(s: Session, owner: str, model_id: str) -> None:
     """Raises ``NotFound``, or ``Conflict`` (``model_in_use``) while a job refers to it."""
-    row = get(s, owner, model_id)
-    in_use(s, "model", row.id, Job.model_id == row.id)
-    delete_asset(s, row)
+    delete_asset(s, get(s, owner, model_id), "model")

@@ -6,12 +6,12 @@ No lock is held while the search thinks. ``apply_work`` refuses when anything ha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from db import trials
 from db.engine import new_id, now
-from db.lifecycle import ACTIVE_JOBS, close_job, live_count, lock_job, set_state, tell
+from db.lifecycle import ACTIVE_JOBS, LIVE, close_job, live_count, lock_job, set_state, tell
 from db.tables import (
     Artifact,
     AssetState,
@@ -103,14 +103,19 @@ def advance_snapshot(s: Session, job_id: str) -> Snapshot | None:
     )
 
 
-def ready_to_advance(s: Session) -> list[str]:
-    """Jobs for which ``advance_snapshot`` is not None, oldest first: what the sweeper looks after."""
+def ready_to_advance(s: Session, *, stalled: bool = False) -> list[str]:
+    """Jobs for which ``advance_snapshot`` is not None, oldest first: what the sweeper looks after.
+
+    ``stalled``: only those without a live task, which nothing else will move on.
+    """
     query = (
         select(Job.id)
         .join(Model, Model.id == Job.model_id)
         .join(Dataset, Dataset.id == Job.dataset_id)
         .where(Job.state.in_(ACTIVE_JOBS), Model.state == AssetState.READY, Dataset.state == AssetState.READY)
     )
+    if stalled:
+        query = query.where(~exists().where(Task.job_id == Job.id, Task.state.in_(LIVE)))
     return list(s.scalars(query.order_by(Job.created_at)))
 
 

@@ -44,7 +44,6 @@ def migrate(db: "Database") -> None:
                 driver = cast(sqlite3.Connection, connection.connection.driver_connection)
                 driver.execute("PRAGMA foreign_keys = OFF")
                 driver.execute("ATTACH DATABASE ? AS blobs", (str(db.chunk_path),))
-                driver.execute("PRAGMA blobs.auto_vacuum = INCREMENTAL")  # only an empty file takes it
                 driver.execute("PRAGMA blobs.journal_mode = WAL")
             with connection.begin():
                 _upgrade(db, connection)

@@ -101,6 +101,15 @@ def test_an_aborted_upload_leaves_nothing(store, tmp_path):
     assert [path for path in (tmp_path / "outside").rglob("*") if path.is_file()] == []
 
 
+def test_a_clean_up_that_fails_does_not_hide_what_went_wrong(database, caplog):
+    with pytest.raises(RuntimeError, match="the connection broke"), blobs.Writer(database) as writer:  # noqa: PT012
+        with database.begin() as s:
+            s.execute(text("DROP TABLE blobs" + ("" if database.sqlite else " CASCADE")))
+        raise RuntimeError("the connection broke")
+    assert writer is not None
+    assert "garbage collection will do it" in caplog.text
+
+
 def test_an_upload_over_the_limit_is_refused_and_leaves_nothing(store):
     with pytest.raises(TooLarge, match="1000 bytes") as caught:
         blobs.write(store, [_content(600), _content(600)], limit=1000)
@@ -227,13 +236,17 @@ def test_blobs_stay_readable_when_the_outside_store_is_set_later(database_url, t
     again.close()
 
 
-def test_collection_gives_space_back_to_the_disk(sqlite_url):
+def test_the_room_of_collected_content_takes_the_next_upload(sqlite_url):
     database = Database(sqlite_url)
-    blobs.write(database, [_content(24 * CHUNK)])
-    _age(database, 4000)
-    blobs.collect_garbage(database, 3600)
-    database.close()  # the last connection to go brings the log into the file
-    assert database.chunk_path.stat().st_size < 2 * CHUNK
+    sizes = []
+    for seed in range(3):
+        blobs.write(database, [_content(8 * CHUNK, seed)])
+        _age(database, 4000)
+        blobs.collect_garbage(database, 3600)
+        with database.chunk_engine.connect() as connection:
+            sizes.append(connection.execute(text("PRAGMA page_count")).scalar_one())
+    assert sizes[1] == sizes[2]
+    database.close()
 
 
 def test_a_long_upload_does_not_hold_up_the_queue(sqlite_url):

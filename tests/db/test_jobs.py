@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from db import artifacts, assignments, blobs, datasets, events, jobs, models, tasks, trials
 from db.errors import Conflict, NotFound
 from db.tables import TERMINAL_JOBS, Artifact, Job, JobState, Task, TaskKind, TaskState, Trial
+from search.errors import BadRequest
 from search.spec import (
     Cost,
     ExportFormat,
@@ -357,6 +358,24 @@ def test_a_job_at_work_cannot_be_extended(house):
     assert caught.value.code == "job_not_extendable"
 
 
+def test_a_job_whose_model_was_rejected_cannot_be_extended(house):
+    job_id = house.new_job()
+    task = house.claim()
+    with house.db.begin() as s:
+        tasks.fail(s, task.id, 1, "not_a_model", "the file is a JPEG", retry=False)
+    with pytest.raises(Conflict, match="JPEG") as caught:
+        _do(house, jobs.extend, job_id, trials=5)
+    assert caught.value.code == "job_not_extendable"
+
+
+def test_a_job_cannot_be_extended_without_end(house):
+    job_id = house.searching_job(trials=1)
+    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.")])
+    with pytest.raises(BadRequest, match="trials") as caught:
+        _do(house, jobs.extend, job_id, trials=1_000_000)
+    assert caught.value.code == "bad_extension"
+
+
 def test_one_more_point_is_exported_while_the_job_stays_done(house):
     job_id = house.searching_job(trials=2)
     house.run_trial(job_id, house.result(), b"zero")
@@ -477,7 +496,7 @@ def test_live_jobs_are_counted_for_the_quota(house):
 def test_five_thousand_trials_page_fast(house):
     job_id = house.searching_job()
     work, measured = house.trial_work(0), house.result().model_dump(mode="json")
-    plan = {f"layer{n}.conv": {"method": "svd", "ranks": [8], "options": {}} for n in range(20)}
+    plan = {f"layer{n}.conv": {"method": "svd", "ranks": [8], "options": {}} for n in range(6)}
     with house.db.begin() as s:
         same = {"job_id": job_id, "stage": 0, "params": work.params, "plan": plan, "results": {"cheap": measured}}
         same |= {"state": TrialState.DONE, "rung": Rung.CHEAP, "created_at": 1.0}
