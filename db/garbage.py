@@ -1,7 +1,7 @@
 """Deletes content that no row refers to. No counters: what refers to a blob is read off the tables' foreign keys.
 
-SQLite's chunk file does not shrink by it, its free pages take the next uploads. Incremental vacuum was tried, but its time
-grows with the square of what is freed (24 MiB took 3.5 s of processor time, a gigabyte would take hours).
+SQLite's chunk file does not shrink by it: its free pages take the next uploads. Incremental vacuum was tried, but its
+time grows with the square of what is freed (24 MiB took 3.5 s of processor time, a gigabyte would take hours).
 """
 
 import logging
