@@ -86,7 +86,8 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedProgr
     """The program, and None or the first line of why its batch size does not vary."""
     shapes: Any = tuple({0: Dim.DYNAMIC} for _ in inputs)
     try:
-        return torch.export.export(model, inputs, dynamic_shapes=shapes), None
+        # On clones: torch marks the tensors as dynamic, which the second attempt would still see.
+        return torch.export.export(model, tuple(t.clone() for t in inputs), dynamic_shapes=shapes), None
     except Exception as e:  # torch has no one class for what makes a size static
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         return torch.export.export(model, inputs), reason[:200]

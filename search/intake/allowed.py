@@ -18,8 +18,8 @@ ATEN = _names(
     rms_norm local_response_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm embedding
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell dropout dropout_ feature_dropout
     feature_dropout_ alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_
-    scaled_dot_product_attention _weight_norm relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu celu_
-    gelu silu silu_ mish mish_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softshrink
+    scaled_dot_product_attention _weight_norm relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu
+    celu_ gelu silu silu_ mish mish_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softshrink
     hardshrink threshold threshold_ sigmoid sigmoid_ log_sigmoid tanh tanh_ softmax _softmax log_softmax
     _log_softmax glu max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d

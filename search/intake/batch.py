@@ -89,7 +89,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _rewritten(module: fx.GraphModule, exported: int) -> fx.GraphModule:
-    """A copy whose shapes follow the first input's batch wherever their leading size was a multiple of ``exported``."""
+    """A copy whose literal shapes follow the first input's batch."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     places = [n for n in graph.nodes if n.op == "placeholder"]
@@ -99,14 +99,26 @@ def _rewritten(module: fx.GraphModule, exported: int) -> fx.GraphModule:
         if node.op != "call_function" or getattr(node.target, "_opname", "") not in _SHAPE_OPS:
             continue
         at = next((i for i, a in enumerate(node.args) if isinstance(a, list | tuple)), None)
-        shape = list(node.args[at]) if at is not None else []
-        if not shape or not isinstance(shape[0], int):
+        if at is None:
             continue
-        times, rest = divmod(shape[0], exported)
-        if shape[0] <= 0 or rest or (exported == 1 and shape[0] != 1):
+        shape: list[Any] = list(node.args[at])  # type: ignore[arg-type]
+        place = _batch_place(shape, exported)
+        if place is None:
             continue
+        times = shape[place] // exported
         with graph.inserting_before(node):
-            size: Any = batch if times == 1 else graph.call_function(operator.mul, (batch, times))
-        node.update_arg(at, [size, *shape[1:]])
+            shape[place] = batch if times == 1 else graph.call_function(operator.mul, (batch, times))
+        node.update_arg(at, shape)
     graph.lint()
     return fx.GraphModule(module, graph, class_name="Lifted").eval()
+
+
+def _batch_place(shape: list[Any], exported: int) -> int | None:
+    """Where a literal shape holds the batch: the size itself before a multiple of it, the first of each.
+
+    Attention and recurrent layers put it second, or fold it with the heads. A wrong guess fails the check.
+    """
+    if not all(isinstance(s, int) for s in shape):
+        return None
+    multiples = [] if exported == 1 else [i for i, s in enumerate(shape) if s > 0 and s % exported == 0]
+    return next((i for i, s in enumerate(shape) if s == exported), multiples[0] if multiples else None)

@@ -1,5 +1,6 @@
 """The way in: an uploaded file to a ``LiftedModel``."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def load_model(
         raise BadModel("does_not_run", f"the model could not be rebuilt and run ({_brief(e)}): {_ADVICE}") from e
 
 
+_INPUT_MAX = 2**28
 _ADVICE = (
     "check that torch.export.load(file).module()(example) works where it was made, and export it with tenfold.export"
 )
@@ -56,6 +58,8 @@ def lift_program(program: ExportedProgram, format: str) -> LiftedModel:
                 f"the input {f.name!r} has shape {f.shape} of {f.dtype}: give it a batch dimension that is not empty, "
                 "and a real type",
             )
+        if prod(f.shape) > _INPUT_MAX:
+            raise BadModel("input", f"the input {f.name!r} has shape {f.shape}, more than {_INPUT_MAX} elements")
     symbolic = facts[0].varies[0]
     exported = 2 if symbolic else facts[0].shape[0]
     batched = tuple(f.varies[0] if symbolic else f.shape[0] == exported for f in facts)

@@ -51,7 +51,7 @@ class FeatureDropout(nn.Module):
 class _OwnWeights:
     """torch's recurrent modules keep a list of their weights beside the weights; here it is read from them each time.
 
-    So the list cannot be out of step (a swapped, copied or re-tied weight), and exporting it again finds nothing changed.
+    So the list cannot be out of step (a swapped, copied or re-tied weight), and exporting it again changes nothing.
     """
 
     @property

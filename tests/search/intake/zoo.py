@@ -93,7 +93,9 @@ class UNet(nn.Module):
         super().__init__()
         self.down1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
         self.down2 = nn.Sequential(
-            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.InstanceNorm2d(16, affine=True, track_running_stats=True), nn.LeakyReLU()
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.InstanceNorm2d(16, affine=True, track_running_stats=True),
+            nn.LeakyReLU(),
         )
         self.up = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1)
         self.plain = nn.InstanceNorm2d(8)
