@@ -39,7 +39,7 @@ def advance(db: Database, settings: Settings, job_id: str, *, only_stalled: bool
 def advance_waiting(db: Database, settings: Settings) -> int:
     """Advance every job that has no live task: new ones whose uploads became ready, and any that a death left so."""
     with db.read() as s:
-        waiting = jobs.ready_to_advance(s)
+        waiting = jobs.ready_to_advance(s, stalled=True)
     return sum(advance(db, settings, job_id, only_stalled=True) for job_id in waiting)
 
 

@@ -24,8 +24,9 @@ from celery.signals import setup_logging, worker_ready
 from db.engine import Database
 from db.settings import Settings
 from workers.queue import TASK, broker_url, make_app
-from workers.run import COMPUTE, Runner
+from workers.run import Runner
 from workers.sweep import Sweeper
+from workers.warm import COMPUTE
 
 __all__ = ["run_worker"]
 

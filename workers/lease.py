@@ -10,13 +10,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import tasks
 from db.engine import Database
+from search.errors import TenfoldError
 
 __all__ = ["Lease"]
 
 log = logging.getLogger(__name__)
 
 BEATS = 4
-"""Heartbeats in one lease: three may go missing before somebody else takes the task."""
+"""Heartbeats in one lease, at least: three may go missing before somebody else takes the task."""
+SLOWEST_S = 3.0
+"""From one heartbeat to the next, however long the lease is: they also carry progress out and cancelling in."""
 
 
 class Lease:
@@ -53,7 +56,7 @@ class Lease:
         self._thread.join()
 
     def _keep(self) -> None:
-        while not self._end.wait(self._seconds / BEATS):
+        while not self._end.wait(min(self._seconds / BEATS, SLOWEST_S)):
             self.beat()
             if self.lost:
                 return
@@ -64,7 +67,7 @@ class Lease:
         try:
             with self._db.begin() as session:
                 beat = tasks.heartbeat(session, self._task_id, self._attempt, self._seconds, self._progress)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, TenfoldError) as error:
             log.warning("heartbeat of task %s failed: %s", self._task_id, error)
             self.lost = time.monotonic() > self._sure_until
             return

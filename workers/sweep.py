@@ -15,7 +15,7 @@ from workers import jail, scratch
 from workers.advance import advance, advance_waiting
 from workers.device import device
 from workers.queue import wake
-from workers.run import scratch_root
+from workers.warm import scratch_root
 
 __all__ = ["Sweeper"]
 

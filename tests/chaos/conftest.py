@@ -106,8 +106,11 @@ class House:
             time.sleep(0.1)
 
     def compute_of(self, worker: psutil.Process) -> psutil.Process:
-        (child,) = [c for c in worker.children() if "toy_job" in " ".join(c.cmdline())]
-        return child
+        def found() -> list[psutil.Process]:
+            return [c for c in worker.children() if is_a_toy(c)]
+
+        self.until(lambda: bool(found()))
+        return found()[0]
 
     def service_of(self, worker: str) -> Service:
         """The process of a worker, whose name says its number: HOST-PID-MARK."""
@@ -127,6 +130,13 @@ def house(tmp_path: Path) -> Iterator[House]:
     finally:
         made.close()
         assert not _orphans(os.getpid(), str(tmp_path)), "processes were left behind"
+
+
+def is_a_toy(process: psutil.Process) -> bool:
+    try:
+        return "toy_job" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _orphans(own: int, mark: str) -> list[psutil.Process]:

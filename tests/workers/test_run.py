@@ -8,8 +8,9 @@ import pytest
 
 from db import artifacts, blobs, events, jobs, models, tasks, trials
 from db.tables import JobState, TaskKind, TaskState, TrialState
-from workers.run import Runner, scratch_root
+from workers.run import Runner
 from workers.scratch import Scratch, sweep
+from workers.warm import scratch_root
 
 OWNER = "somebody"
 
@@ -112,7 +113,7 @@ def test_a_stopping_worker_gives_its_task_back_and_the_next_goes_on_from_the_che
     assert task.state is TaskState.QUEUED
     assert task.max_attempts - task.attempt == 3, "being asked to stop costs no attempt"
     control(settings, steps=3)
-    second = Runner(db, settings, "worker-2", compute=runner._compute)
+    second = Runner(db, settings, "worker-2", compute=runner.processes._compute)
     try:
         second.work()
     finally:
@@ -131,7 +132,7 @@ def test_a_crashed_compute_process_costs_one_attempt_and_the_job_goes_on(db, set
     working.start()
     wait_for(lambda: a_trial_runs(db, job_id))
     time.sleep(0.3)
-    runner._warm.child.kill()
+    runner.processes.warm.child.kill()
     working.join(60)
     assert job_of(db, job_id).state is JobState.DONE
     with db.read() as s:
@@ -150,7 +151,7 @@ def test_a_worker_that_lost_its_lease_ends_its_computation_and_writes_nothing(db
         task = live_task(db, job_id)
         with db.begin() as s:
             tasks.fail(s, task.id, task.attempt, "worker_lost", "as another worker's sweeper would", retry=True)
-        first = runner._warm.child
+        first = runner.processes.warm.child
         wait_for(lambda: not first.alive, seconds=5)
         wait_for(lambda: live_task(db, job_id).attempt == task.attempt + 1)
         with db.read() as s:

@@ -1,7 +1,7 @@
 """A real compute process that plays a whole job in no time: no torch, a network of three layers that exists on paper.
 
-A trial's drop grows with what its plan removes, so the search has something to find. ``control.json`` beside the scratch
-folders tells it to last (``steps``) or to fail.
+A trial's drop grows with what its plan removes, so the search has something to find. ``control.json`` beside the
+scratch folders tells it to last (``steps``) or to fail.
 """
 
 import json

@@ -1,0 +1,41 @@
+import argparse
+
+import pytest
+
+from launch.options import add_arguments, job_fields
+from search.spec import Budget, DataSpec, FineTune, SearchSpec
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["m.pt2", "d.npz", "--out", "o", *arguments])
+
+
+def test_only_what_was_given_is_sent():
+    fields = job_fields(parsed("--max-drop", "0.01"), workers=2)
+    assert fields["search"] == {"parallel": 2}
+    assert fields["fine_tune"] == {}
+    assert fields["data_spec"] == {"task": "classification", "transform": {}}
+
+
+def test_every_option_lands_in_a_field_that_the_service_knows():
+    options = parsed(
+        *"--max-drop 0.01 --metric accuracy --minimize macs --minimize parameters --trials 5 --epochs 2".split(),
+        *"--hours 1 --task classification --scale 0.5 --mean 0.1,0.2 --std 1,2 --layout nhwc --augment crop".split(),
+    )
+    fields = job_fields(options, workers=3)
+    data = DataSpec.model_validate(fields["data_spec"])
+    assert data.transform.mean == (0.1, 0.2)
+    assert data.transform.layout == "nhwc"
+    assert SearchSpec.model_validate(fields["search"]).trials == 5
+    assert FineTune.model_validate(fields["fine_tune"]).epochs == 2
+    Budget.model_validate({k: fields[k] for k in ("metric", "max_drop", "min_value")})
+    assert fields["minimize"] == ["macs", "parameters"]
+
+
+def test_a_budget_is_required_and_only_one():
+    with pytest.raises(SystemExit):
+        parsed()
+    with pytest.raises(SystemExit):
+        parsed("--max-drop", "0.1", "--min-value", "0.5")
