@@ -106,7 +106,8 @@ class Runner:
 
         limit = INSPECTION_S if task.kind in INSPECTIONS else None
         warm = self.processes.for_task(task, stop)
-        on: dict[str, Callable[[Any], None]] = {"progress": lease.progress, "checkpoint": self._keeps_checkpoints(task, warm)}
+        keep = self._keeps_checkpoints(task, warm)
+        on: dict[str, Callable[[Any], None]] = {"progress": lease.progress, "checkpoint": keep}
 
         def ask(operation: str, arguments: Mapping[str, Any]) -> Any:
             return warm.child.call(operation, arguments, on=on, stop=stop, timeout_s=limit)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import signal
@@ -18,10 +19,10 @@ class Up:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = folder.parent / f"{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "launch.main", "up", "--data", str(folder), "--port", "0", "--workers", "1"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_")}
-        with self.log.open("ab") as out:
+        with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, *options], stdout=out, stderr=out, cwd=ROOT, env=environment, start_new_session=True
             )
@@ -43,6 +44,13 @@ class Up:
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def api(self) -> psutil.Process | None:
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                if "api" in process.cmdline():
+                    return process
+        return None
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

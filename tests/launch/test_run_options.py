@@ -21,8 +21,9 @@ def test_only_what_was_given_is_sent():
 
 def test_every_option_lands_in_a_field_that_the_service_knows():
     options = parsed(
-        *"--max-drop 0.01 --metric accuracy --minimize macs --minimize parameters --trials 5 --epochs 2".split(),
-        *"--hours 1 --task classification --scale 0.5 --mean 0.1,0.2 --std 1,2 --layout nhwc --augment crop".split(),
+        *("--max-drop", "0.01", "--metric", "accuracy", "--minimize", "macs", "--minimize", "parameters"),
+        *("--trials", "5", "--epochs", "2", "--hours", "1", "--task", "classification"),
+        *("--scale", "0.5", "--mean", "0.1,0.2", "--std", "1,2", "--layout", "nhwc", "--augment", "crop"),
     )
     fields = job_fields(options, workers=3)
     data = DataSpec.model_validate(fields["data_spec"])

@@ -38,7 +38,7 @@ def test_it_starts_prints_the_address_and_the_key_once_and_ctrl_c_stops_all_of_i
     assert not psutil.wait_procs(family, timeout=1)[1]
     second = up()
     assert get(second.url(), "/v1/jobs", key)["items"] == [], "the key still works"
-    assert second.text().count("admin key") == 1, "it is not shown again"
+    assert "admin key" not in second.text(), "it is shown once"
     second.interrupt()
     assert second.process.wait(20) == 0
 
@@ -76,9 +76,9 @@ def test_ctrl_c_while_it_starts_stops_it_too(up):
 def test_a_part_that_dies_is_started_again(up):
     one = up()
     url = one.url()
-    (api,) = [p for p in one.family() if "api" in p.cmdline()]
+    api = one.api()
     api.kill()
-    one.until(lambda: any("api" in p.cmdline() and p.pid != api.pid for p in one.family() if p.is_running()))
+    one.until(lambda: one.api() not in (None, api))
     assert get(url, "/healthz")
     one.interrupt()
     assert one.process.wait(20) == 0
