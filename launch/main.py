@@ -71,6 +71,7 @@ def _add_api(roles: "Roles") -> None:
 def _add_worker(roles: "Roles") -> None:
     role = roles.add_parser("worker", help="one worker")
     _add_data(role)
+    role.add_argument("--check", action="store_true", help="only say whether a worker of this host is alive")
     role.add_argument("--queue", help="device class to work for (default TENFOLD_QUEUE, cpu)")
     role.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
     role.set_defaults(go=_worker)
@@ -132,9 +133,10 @@ def _api(options: argparse.Namespace) -> int:
 
 
 def _worker(options: argparse.Namespace) -> int:
-    from launch.roles import worker
+    from launch.roles import check_worker, worker
 
-    return worker(settings_of(options.data, queue=options.queue), lifeline=options.lifeline)
+    settings = settings_of(options.data, queue=options.queue)
+    return check_worker(settings) if options.check else worker(settings, lifeline=options.lifeline)
 
 
 def _migrate(options: argparse.Namespace) -> int:

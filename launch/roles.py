@@ -6,11 +6,13 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from db import workers
 from db.engine import Database
 from db.settings import Settings
+from launch.keys import first_admin_key, make_key
 from launch.lifeline import end_with_stdin
 
-__all__ = ["api", "key", "migrate", "worker"]
+__all__ = ["api", "check_worker", "key", "migrate", "worker"]
 
 
 def api(settings: Settings, *, lifeline: bool = False, descriptor: int | None = None) -> int:
@@ -47,19 +49,34 @@ def worker(settings: Settings, *, lifeline: bool = False) -> int:
 
 
 def migrate(settings: Settings) -> int:
+    """Bring the database up to date; the first time, print the first admin key."""
     db = _database(settings)
     try:
         db.migrate()
+        secret = first_admin_key(db, settings)
     finally:
         db.close()
     print("the database is up to date")  # noqa: T201
+    if secret is not None:
+        print(f"admin key, shown this once: {secret}")  # noqa: T201
     return 0
+
+
+def check_worker(settings: Settings) -> int:
+    """0 when a worker of this host has reported to the database within the last minute: a container's health check."""
+    db = _database(settings)
+    try:
+        with db.read() as s:
+            here = any(w.host == socket.gethostname() for w in workers.live(s))
+    finally:
+        db.close()
+    if not here:
+        print(f"no worker on {socket.gethostname()} has reported lately", file=sys.stderr)  # noqa: T201
+    return 0 if here else 1
 
 
 def key(settings: Settings, *, owner: str, name: str, scopes: Sequence[str]) -> int:
     """Make a key and print its secret, which is shown this once, on standard output."""
-    from launch.keys import make_key
-
     db = _database(settings)
     try:
         db.migrate()

