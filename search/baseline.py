@@ -6,7 +6,7 @@ from search.errors import BadBaseline, BadRequest
 from search.metrics import Evaluation, drop, higher_is_better
 from search.spec import METRICS_OF_TASK, Budget, Metric, Task
 
-__all__ = ["allowed_drop", "check_baseline", "metric_of"]
+__all__ = ["allowed_drop", "check_baseline", "metric_of", "seen_before"]
 
 NORMALISATION = (
     "The commonest cause is another normalisation than in training: check transform.scale, mean, std and layout, and "
@@ -54,12 +54,15 @@ def check_baseline(
                 f"the original's accuracy is {value:.4f} on the {n} samples of the select split, no better than always "
                 f"answering the commonest class ({commonest:.4f}). {NORMALISATION}",
             )
-    if budget.expect is not None and abs(value - budget.expect) > _tolerance(metric, budget.expect, select):
-        raise BadBaseline(
-            "baseline_suspicious",
-            f"the original's {metric} is {value:.4f} on the select split, but {budget.expect:.4f} was expected. "
-            f"{NORMALISATION} Or correct budget.expect.",
-        )
+    if budget.expect is not None:
+        # People know the test figure; on rows that it was trained on the original may stand far above it.
+        nearest = min((select, verify), key=lambda seen: abs(seen.value - float(budget.expect or 0)))
+        if abs(nearest.value - budget.expect) > _tolerance(metric, budget.expect, nearest):
+            raise BadBaseline(
+                "baseline_suspicious",
+                f"the original's {metric} is {value:.4f} on the select split and {verify.value:.4f} on the verify "
+                f"split, but {budget.expect:.4f} was expected. {NORMALISATION} Or correct budget.expect.",
+            )
     if budget.min_value is not None:
         sign = 1 if higher_is_better(metric) else -1
         for name, seen in (("select", select), ("verify", verify)):
@@ -69,6 +72,21 @@ def check_baseline(
                     f"min_value asks for {metric} {budget.min_value:g}, but the original itself has {seen.value:.4f} "
                     f"on the {name} split: ask for less, or for a max_drop",
                 )
+
+
+def seen_before(metric: Metric, select: Evaluation, verify: Evaluation) -> str | None:
+    """Advice, when the original is so much better on the select split that it must have been trained on it."""
+    if not higher_is_better(metric):
+        return None
+    noise = math.sqrt(sum(float(s.scores.var()) / len(s.scores) for s in (select, verify)))
+    gap = select.value - verify.value
+    if gap <= 0.02 + 4 * noise:
+        return None
+    return (
+        f"the original scores {select.value:.4f} on the select split but {verify.value:.4f} on the verify split: it "
+        "was probably trained on the select rows, so that every drop looks larger there than it is; give validation "
+        "rows that it has never seen"
+    )
 
 
 def _tolerance(metric: Metric, expect: float, seen: Evaluation) -> float:

@@ -19,6 +19,7 @@ from search.metrics import class_last, forward
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice
 from search.surgery import replace
 from search.vbmf import evbmf_rank
+from tenfold.layers import FactorizedLayer
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -175,6 +176,7 @@ class _Probe:
         method, point = min(points, key=lambda mp: abs(math.log(mp[1].error / PROBE_ERROR)))
         layer = self.network.get_submodule(choice.site)
         fit = METHODS[method].factorize(layer, point.ranks, statistics, metric=importance)
+        _keep_mean(fit.module, statistics)
         replace(self.network, choice.site, fit.module.eval())
         rise = self._loss() - self.base
         replace(self.network, choice.site, layer)
@@ -201,6 +203,23 @@ class _Probe:
             y, t = class_last(answers).log_softmax(-1), class_last(wanted).log_softmax(-1)
             return float(F.kl_div(y, t, log_target=True, reduction="none").sum(-1).mean())
         return float((answers - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12))
+
+
+def _keep_mean(module: FactorizedLayer, statistics: Statistics) -> None:
+    """Give the layer's output the mean it had, as a reconstruction would (by a bias, or the batch norm behind it).
+
+    The curves' errors are about the means; a shift left in would be measured as if it were part of them.
+    """
+    groups = statistics.second.shape[0]
+    dense = module.dense_weight().detach().double()
+    rows = dense.reshape(groups, len(dense) // groups, -1)
+    mean = statistics.mean_output - torch.einsum("gon,gn->go", rows, statistics.mean_input).flatten()
+    bias = module.get_submodule("last").bias
+    if isinstance(bias, Tensor):
+        mean = mean - bias.detach().double()
+    axes = getattr(module, "kernel_size", ())
+    shift = mean.float().reshape(-1, *(1 for _ in axes))
+    module.register_forward_hook(lambda _module, _inputs, y: y + shift)
 
 
 def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:

@@ -328,3 +328,22 @@ def test_a_job_that_cannot_be_done_is_refused_on_opening(
 def test_a_min_value_becomes_a_drop_on_the_select_split(uploads: Uploads, tmp_path: Path) -> None:
     profile = opened(uploads, tmp_path, JOB.model_copy(update={"budget": Budget(min_value=0.8)})).profile(0, None)
     assert profile.max_drop == pytest.approx(profile.value - 0.8)
+
+
+def test_rows_that_the_original_was_trained_on_are_noticed(uploads: Uploads, tmp_path: Path) -> None:
+    """Labels that only the select rows' own answers agree with."""
+    with np.load(uploads.data) as stored:
+        x, y = stored["x"], stored["y"]
+    noisy = y.copy()
+    noisy[1400::5] = (noisy[1400::5] + 1) % 10
+    np.savez(
+        tmp_path / "d.npz",
+        x_train=x[:1000],
+        y_train=y[:1000],
+        x_val=x[:400],
+        y_val=y[:400],
+        x_test=x[1400:],
+        y_test=noisy[1400:],
+    )
+    session = Session(uploads.model, tmp_path / "d.npz", data_spec=DATA, spec=JOB, scratch=tmp_path)
+    assert "trained on the select rows" in session.profile(0, None).notes[0]
