@@ -144,7 +144,7 @@ def _connected(connection: Connection) -> Iterator[None]:
 
 def _direct(reply: httpx.Response) -> httpx.Response:
     """A redirect is not followed, because it would carry the key elsewhere: the caller is told."""
-    if reply.is_redirect:
+    if reply.has_redirect_location:
         raise ConnectionFailed(
             f"{reply.url} redirects to {reply.headers['Location']}: give that address as TENFOLD_URL"
         )

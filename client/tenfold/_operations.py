@@ -1,7 +1,7 @@
 """One definition of an operation, two ways to run it: ``job.cancel()`` on a ``Job``, awaited on an ``AsyncJob``.
 
 ``operation``, ``steering``, ``reading`` and ``listing`` are descriptors over generators (``_wire.Steps``); which of the
-two sides an object is on decides what attribute access gives: at run time by its driver, for type checkers by overloads.
+two sides an object is on decides what attribute access gives: at run time by its driver, for checkers by overloads.
 """
 
 from __future__ import annotations

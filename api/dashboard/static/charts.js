@@ -7,7 +7,7 @@ function draw(element, traces, layout) {
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
   Plotly.react(element, traces, {
     margin: { l: 55, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: ink, family: "system-ui, sans-serif", size: 12 }, legend: { orientation: "h", y: 1.12 }, hovermode: "closest",
+    font: { color: ink, family: "system-ui, sans-serif", size: 12 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, hovermode: "closest",
     ...layout, xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
   }, { displayModeBar: false, responsive: true });
 }
