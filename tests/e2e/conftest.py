@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import tenfold
 from examples.demo import service
@@ -29,24 +30,22 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     data = split()
     save(data, folder / "digits.npz")
     net = train(data, epochs=8)
-    import torch
-
     tenfold.export(net, torch.zeros(4, 1, 8, 8), folder / "digits.pt2")
     with service(folder, workers=2) as (url, key):
         yield Running(url, key, folder)
 
 
 @pytest.fixture(scope="session")
-def finished(running: Running) -> tenfold.Job:
+def finished(running: Running) -> Iterator[tenfold.Job]:
     """A job that has run to its end."""
-    client = running.client()
-    job = client.submit(
-        running.folder / "digits.pt2",
-        running.folder / "digits.npz",
-        max_drop=0.02,
-        name="digits",
-        data_spec=DATA_SPEC,
-        search={"trials": 6, "calibration_samples": 256},
-        fine_tune={"epochs": 3, "short_epochs": 1, "batch_size": 64},
-    )
-    return job.wait(240)
+    with running.client() as client:
+        job = client.submit(
+            running.folder / "digits.pt2",
+            running.folder / "digits.npz",
+            max_drop=0.02,
+            name="digits",
+            data_spec=DATA_SPEC,
+            search={"trials": 6, "calibration_samples": 256},
+            fine_tune={"epochs": 3, "short_epochs": 1, "batch_size": 64},
+        )
+        yield job.wait(240)

@@ -47,7 +47,7 @@ def test_a_wrong_key_is_told_and_the_right_one_signs_in(page: Page, running) -> 
 
 def test_a_job_shows_its_front_layers_trials_events_and_files(page: Page, finished, tmp_path: Path) -> None:
     page.goto(page.url.split("#")[0] + f"#/jobs/{finished.id}")
-    expect(page.get_by_text("keeps the budget")).to_be_visible()
+    expect(page.get_by_text("keeps the budget", exact=True)).to_be_visible()
     expect(page.locator(".chart .main-svg").first).to_be_visible()
     expect(page.get_by_role("region", name="Trials").locator("tbody tr")).to_have_count(6)
     expect(page.get_by_role("region", name="Layers").get_by_text("features.3")).to_be_visible()
@@ -83,5 +83,5 @@ def test_a_bad_file_is_refused_on_the_page_with_the_reason(page: Page, running, 
 def test_nothing_overflows_on_a_narrow_screen(page: Page, finished) -> None:
     page.set_viewport_size({"width": 390, "height": 800})
     page.goto(page.url.split("#")[0] + f"#/jobs/{finished.id}")
-    expect(page.get_by_text("keeps the budget")).to_be_visible()
+    expect(page.get_by_text("keeps the budget", exact=True)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")

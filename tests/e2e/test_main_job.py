@@ -45,8 +45,8 @@ def test_every_point_of_the_front_can_be_had(finished) -> None:
 
 
 def test_an_unknown_key_is_told_so(running) -> None:
-    with pytest.raises(NotAuthenticated, match="key"):
-        list(tenfold.Client(running.url, "tf_wrong").jobs())
+    with tenfold.Client(running.url, "tf_wrong") as client, pytest.raises(NotAuthenticated, match="key"):
+        list(client.jobs())
 
 
 def test_an_unknown_field_is_refused_by_name(running) -> None:
