@@ -72,7 +72,8 @@ def export_all(
 def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
     """All tensors of ``module`` by name, with the plan in the header. Tied tensors are stored under each name."""
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in module.state_dict().items()}
-    save_file(tensors, str(path), metadata={"format": "pt", "plan": json.dumps(plan_json(plan))})
+    # One key only: safetensors writes several in random order, and equal networks should be equal files.
+    save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan))})
     return path
 
 
