@@ -6,7 +6,7 @@ import { badge, count, drop, h, table, times, value } from "./ui.js";
 export function jobsPage(main, signal) {
   return poll("/v1/jobs?limit=100", ({ items, next }) => {
     draw(main, items, next);
-    return items.some((job) => !["done", "failed", "cancelled"].includes(job.state)) ? 2 : 10;
+    return items.some((job) => !["done", "failed", "cancelled"].includes(job.state)) ? 2 : 5;
   }, signal);
 }
 
