@@ -13,6 +13,7 @@ from workers.scratch import Scratch, sweep
 from workers.warm import scratch_root
 
 OWNER = "somebody"
+TOY_JOB = Path(__file__).with_name("toy_job.py")
 
 
 def job_of(db, job_id):
@@ -73,6 +74,19 @@ def test_a_profile_that_cannot_be_made_fails_the_job(db, settings, runner, submi
     job_id = submit()
     runner.work()
     assert job_of(db, job_id).reason_code == "toy_profile"
+
+
+def test_where_the_jail_is_required_and_missing_uploads_are_not_opened(db, settings, submit):
+    control(settings, no_jail=True)
+    required = settings.model_copy(update={"jail": "require"})
+    job_id = submit()
+    worker = Runner(db, required, "worker-1", compute=[str(TOY_JOB)])
+    worker.work()
+    worker.stop()
+    worker.close()
+    job = job_of(db, job_id)
+    assert (job.state, job.reason_code) == (JobState.FAILED, "jail_unavailable")
+    assert "TENFOLD_JAIL=best_effort" in job.reason
 
 
 def test_cancelling_ends_the_running_computation_within_a_heartbeat(db, settings, runner, submit):
