@@ -18,11 +18,11 @@ ATEN = _names(
     rms_norm local_response_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm embedding
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell dropout dropout_ feature_dropout
     feature_dropout_ alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_
-    scaled_dot_product_attention _weight_norm relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu
-    celu_ gelu silu silu_ mish mish_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softshrink
-    hardshrink threshold threshold_ sigmoid sigmoid_ log_sigmoid tanh tanh_ softmax _softmax log_softmax
-    _log_softmax glu max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    scaled_dot_product_attention _weight_norm relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ selu
+    selu_ celu celu_ gelu silu silu_ mish mish_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_
+    softplus softshrink hardshrink threshold threshold_ sigmoid sigmoid_ log_sigmoid tanh tanh_ softmax _softmax
+    log_softmax _log_softmax glu max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     _adaptive_avg_pool2d pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
     upsample_bicubic2d upsample_trilinear3d pixel_shuffle pixel_unshuffle channel_shuffle grid_sampler
@@ -33,7 +33,7 @@ ATEN = _names(
     xlogy addbmm addmv addr hypot sinc logaddexp logit eq ne lt le gt ge logical_and logical_or logical_not
     logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ isnan isinf isfinite where masked_fill
     masked_fill_ tril triu sum mean var std var_mean amax amin max min prod argmax argmin all any norm
-    linalg_vector_norm logsumexp cumsum cumprod topk sort argsort median nansum view reshape _unsafe_view flatten
+    linalg_vector_norm logsumexp cumsum diff cumprod topk sort argsort median nansum view reshape _unsafe_view flatten
     unflatten squeeze squeeze_ unsqueeze unsqueeze_ transpose transpose_ permute t numpy_T movedim swapaxes expand
     expand_as expand_copy repeat repeat_interleave tile cat concat stack hstack vstack split split_with_sizes chunk
     unbind tensor_split narrow slice select index index_select gather take_along_dim scatter scatter_add index_add
@@ -69,5 +69,5 @@ HIGHER_ORDER = frozenset(
 
 
 def aten_allowed(packet: str, overload: str) -> bool:
-    """``aten.<packet>.<overload>``; overloads that take buffers, names or generators to write to are out."""
-    return packet in ATEN and not any(s in overload.lower() for s in ("out", "name", "generator", "source_"))
+    """``aten.<packet>.<overload>``; overloads that write to a caller's buffer or take names and generators are out."""
+    return packet in ATEN and not {"out", "names", "dimname", "generator", "source"} & set(overload.split("_"))

@@ -154,7 +154,7 @@ class _Lifter:
             if built is None:
                 self._note_function(node, arguments)
                 continue
-            if built.first_of_tuple and any(u.args[1] != 0 for u in node.users):
+            if built.first_of_tuple and any(u.args[1] != 0 and u.users for u in node.users):
                 continue
             key = _identity(built, self.source) if built.tensors else node
             if key not in made:
@@ -254,7 +254,8 @@ class _Lifter:
             if site.built.first_of_tuple:
                 self._flat.add(node)
         elif node.target is operator.getitem and node.args[0] in self._flat:
-            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+            if node.args[1] == 0:  # the others (saved means) have no users
+                self.env[node] = self.env[node.args[0]]  # type: ignore[index]
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._higher_order(node)
         elif not self._is_bookkeeping(node):

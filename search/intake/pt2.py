@@ -5,10 +5,12 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
-from search.errors import BadModel
+from search.errors import BadModel, Refused
 from search.intake.vet import vet
 
 __all__ = ["load_pt2_upload"]
@@ -29,7 +31,13 @@ def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return load_pt2(str(clean)).exported_programs["model"]
+                program = load_pt2(str(clean)).exported_programs["model"]
+            for part in program.graph_module.modules():
+                if isinstance(part, fx.GraphModule):
+                    _check_enumerations(part)
+            return program
+        except Refused:
+            raise
         except Exception as e:  # torch raises whatever its checks happen to meet
             reason = str(e).strip().splitlines()[-1][:200] if str(e).strip() else type(e).__name__
             raise BadModel(
@@ -40,3 +48,18 @@ def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
             ) from None
         finally:
             noisy.setLevel(level)
+
+
+_ENUMERATIONS = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}
+
+
+def _check_enumerations(part: fx.GraphModule) -> None:
+    """Types, layouts and memory formats must be just that: torch takes any integer for one, and crashes on most."""
+    for node in part.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for i, a in enumerate(node.target._schema.arguments):
+            kind = next((k for name, k in _ENUMERATIONS.items() if name in str(a.real_type)), None)
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+            if kind is not None and value is not None and not isinstance(value, kind):
+                raise Refused("argument", f"{node.target} is given {str(value)[:40]!r} as its {a.name}")

@@ -139,7 +139,21 @@ def matmul(a: Arguments, t: Tensors) -> Built | None:
     return _linear(a["self"], a["other"], None, t, transposed=True) if t.rank(a["self"]) >= 2 else None
 
 
+def _turned(node: Any) -> Any:
+    """The node under a matrix transposition, as decomposed graphs write a linear layer; None when it is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    turned = (
+        node.target is aten.t.default
+        or (node.target is aten.permute.default and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]
+        or (node.target is aten.transpose.int and {*node.args[1:]} in ({0, 1}, {-1, -2}))
+    )
+    return node.args[0] if turned else None
+
+
 def _linear(x: Any, weight_node: Any, bias_node: Any, t: Tensors, *, transposed: bool) -> Built | None:
+    if transposed and t.weight(inner := _turned(weight_node)) is not None:
+        weight_node, transposed = inner, False
     weight = t.weight(weight_node)
     tensors = _taken({"weight": weight_node, "bias": bias_node}, t, {"weight": "weight", "bias": "bias"})
     if weight is None or tensors is None or weight.dim() != 2 or t.weight(x) is not None:

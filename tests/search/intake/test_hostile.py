@@ -285,6 +285,19 @@ def test_arguments_that_are_not_allowed(forge: Any, value: object, code: str) ->
     refused(forge(_argument(value)), code)
 
 
+def test_a_number_in_place_of_a_type(forge: Any) -> None:
+    """torch takes any integer for a scalar type and crashes on -5."""
+
+    def change(p: Any) -> None:
+        nodes = p["graph_module"]["graph"]["nodes"]
+        node = next(n for n in nodes if n["target"] == "torch.ops.aten.ones.default")
+        node["inputs"].append({"name": "dtype", "arg": {"as_int": -5}, "kind": 2})
+
+    path = forge(edit_program(change))
+    with pytest.raises(Refused, match="-5"):
+        load_model(path, scratch=path.parent)
+
+
 def test_nested_graphs_have_a_limit(forge: Any) -> None:
     def change(p: Any) -> None:
         graph = p["graph_module"]["graph"]

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from intake_zoo import ZOO, MobileLike, SmallViT, TiedLM, Twice, VGGLike, settle
 from torch import Tensor, nn
 from torch.export import Dim
 
-from search.intake import LiftedModel, first_output
+from search.intake import LiftedModel, first_output, load_model
 from search.intake.lifted import all_outputs
 from tenfold.layers import LowRankConv, LowRankLinear
 
@@ -169,9 +170,7 @@ def test_a_wholly_frozen_file_learns_again_a_partly_frozen_one_stays_so(load: Lo
     assert {n.split(".")[0] for n, p in lifted.named_parameters() if p.requires_grad} == {"classifier"}
 
 
-def test_a_train_mode_export_evaluates_like_the_original(tmp_path: Any) -> None:
-    from search.intake import load_model
-
+def test_a_train_mode_export_evaluates_like_the_original(tmp_path: Path) -> None:
     make, inputs = ZOO["vgg"]
     model = settle(make(), inputs).train()
     program = torch.export.export(model, inputs(4), dynamic_shapes=({0: Dim.DYNAMIC},))
@@ -190,3 +189,19 @@ def test_example_gives_valid_inputs(load: Load) -> None:
     assert lifted.inputs[0].shape == (None, 7)
     assert lifted.outputs[0].name == "logits"
     assert lifted.outputs[0].shape == (None, 7, 30)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")  # torch of itself
+@pytest.mark.parametrize("name", ["resnet20", "vgg", "mobile", "vit", "tied"])
+def test_decomposed_files_find_their_layers_again(name: str, tmp_path: Path) -> None:
+    """``run_decompositions`` leaves convolutions, norms and matrix products, which become layers; dropout is gone."""
+    make, inputs = ZOO[name]
+    model = settle(make(), inputs)
+    program = torch.export.export(model, inputs(4), dynamic_shapes=({0: Dim.DYNAMIC},))
+    torch.export.save(program.run_decompositions(), tmp_path / "m.pt2")
+    lifted = load_model(tmp_path / "m.pt2", scratch=tmp_path)
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm)
+    expected = {n for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith("attention")}
+    assert expected <= {n for n, m in lifted.module.named_modules() if isinstance(m, kinds)}
+    x = inputs(3)
+    torch.testing.assert_close(first_output(lifted.module(*x)), first_output(model(*x)), rtol=1e-5, atol=1e-6)
