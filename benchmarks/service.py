@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 shutil.copytree(folder / "out", arguments.out, dirs_exist_ok=True)
             if job["best"]:
                 console.print(before_and_after(job["baseline"], job["best"]))
-            epochs = sum(r["epochs"] for t in job.trials() for r in t["results"].values())
+            trials = [job.trial(t["number"]) for t in job.trials()]
+            epochs = sum(r["epochs"] for t in trials for r in t["results"].values())
             return {
                 "command": "python -m benchmarks.service "
                 f"--network {arguments.network} --max-drop {arguments.max_drop} --trials {arguments.trials} "
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "epochs_trained": epochs,
                 "job": job.data,
                 "front": job.front,
-                "trials": job.trials(),
+                "trials": trials,
                 "report": _report(folder / "out" / "report.json"),
             }
 

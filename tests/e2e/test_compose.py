@@ -128,5 +128,5 @@ def test_two_workers_share_a_job_as_composed(tmp_path: Path, empty_postgresql_ur
         )
         job.wait(300)
         assert job["best"]["keeps_budget"] is True
-        workers = {e["data"].get("worker") for e in job.events()} - {None}
-        assert len(workers) == 2
+        shared = [(tmp_path / f"worker-{n}.log").read_text().count("workers.run: trial") for n in (1, 2)]
+        assert min(shared) > 0, shared
