@@ -1,20 +1,26 @@
 """Which method and which ranks for each site, so that the whole network meets a cost: torch-free.
 
-The predicted loss is taken as separable: the sum over sites of weight * sensitivity * relative error. For a given
-cost the best mix then lies on each site's lower convex hull over *all* methods' points (Lagrange multipliers);
-walking all hulls' segments together in the order of their slopes visits those optima from cheap to dear. What is left
-of the budget after the last segment that fits is filled with any point that fits, steepest first.
+The predicted loss is taken as separable: the sum over sites of the loss that each one's relative error brings alone
+(``expected_rise``). That makes it a knapsack with one choice a site, over *all* methods' points, solved by dynamic
+programming on a grid of costs fine enough (``GRID``) to lose little; a Lagrangian over convex hulls would do for convex
+curves, but measured losses are not convex. What the grid leaves of the budget is filled with any point that still fits.
 """
 
-import heapq
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from search.errors import BadRequest
 from search.spec import Cost, CurvePoint, Plan, SiteChoice, SitePlan
 
-__all__ = ["allocate", "equal_rate", "predicted"]
+__all__ = ["allocate", "equal_rate", "expected_rise", "predicted"]
+
+GRID = 2000
+"""Cells of the cost grid, at least; 100 for each site where that is more."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,20 @@ def allocate(
 
     tables = []
     for site in sites:
-        factor = (weights or {}).get(site.site, 1.0) * site.sensitivity
+        factor = (weights or {}).get(site.site, 1.0)
         options = [_Option(price(site.dense_parameters, site.dense_macs), 0.0, None)]
         for method, point in _points(site, methods, cap):
             plan = SitePlan(method=method, ranks=point.ranks)
-            options.append(_Option(price(point.parameters, point.macs), factor * point.error, plan))
+            options.append(
+                _Option(price(point.parameters, point.macs), factor * expected_rise(site, point.error), plan)
+            )
         tables.append(_undominated(options))
-    chosen = _walk(tables, target - price(fixed_parameters, fixed_macs))
+    chosen = _best(tables, target - price(fixed_parameters, fixed_macs))
     return {site.site: option.plan for site, option in zip(sites, chosen, strict=True) if option.plan is not None}
 
 
 def predicted(plan: Plan, sites: Sequence[SiteChoice]) -> tuple[int, int, float]:
-    """``(parameters, macs, error)`` of a plan over ``sites``: error is the sum of sensitivity * relative error.
+    """``(parameters, macs, error)`` of a plan over ``sites``: error is the sum of the sites' expected rises.
 
     Raises:
         BadRequest: the plan names a point that is not on the sites' curves.
@@ -95,8 +103,29 @@ def predicted(plan: Plan, sites: Sequence[SiteChoice]) -> tuple[int, int, float]
                 "unknown_point", f"{site.site}: no point {entry.method} {entry.ranks} on its curves; profile it first"
             )
         parameters, macs = parameters + found[0].parameters, macs + found[0].macs
-        error += site.sensitivity * found[0].error
+        error += expected_rise(site, found[0].error)
     return parameters, macs, error
+
+
+def expected_rise(site: SiteChoice, error: float) -> float:
+    """Rise of the loss when this site alone has a relative output error of ``error``.
+
+    The loss of a trained network rises faster than the error (about as its square, where it was measured), at each
+    layer from another point on; so it is read off the measured points, along straight lines in logarithms, and goes on
+    beyond them in proportion below and with the last slope above. Without such points it is proportional.
+    """
+    knots = [(e, r) for e, r in site.rises if e > 0 and r > 0]
+    if not knots or error <= 0:
+        return site.sensitivity * max(error, 0.0)
+    if error <= knots[0][0]:
+        return min(knots[0][1] * error / knots[0][0], knots[0][1])
+    steepest = 1.0
+    for (e0, r0), (e1, r1) in itertools.pairwise(knots):
+        # A measured rise may fall by chance; the expected one does not.
+        steepest = max(math.log(max(r1 / r0, 1.0)) / math.log(e1 / e0), 0.0) if e1 > e0 else steepest
+        if error <= e1:
+            return min(r0 * math.exp(steepest * math.log(error / e0)), max(r0, r1))
+    return knots[-1][1] * math.exp(max(steepest, 1.0) * math.log(error / knots[-1][0]))
 
 
 def equal_rate(sites: Sequence[SiteChoice], rate: float, method: str) -> Plan:
@@ -149,46 +178,50 @@ def _undominated(options: Sequence[_Option]) -> list[_Option]:
     return kept
 
 
-def _hull(options: Sequence[_Option]) -> list[int]:
-    """Indices of the lower convex hull of (cost, loss)."""
-    hull: list[int] = []
-    for i, c in enumerate(options):
-        while len(hull) >= 2:
-            a, b = options[hull[-2]], options[hull[-1]]
-            if (b.loss - a.loss) * (c.cost - a.cost) < (c.loss - a.loss) * (b.cost - a.cost):
+def _best(tables: Sequence[Sequence[_Option]], budget: float) -> list[_Option]:
+    """One option of each table, least loss in all within the budget; the cheapest of each if that is over it."""
+    spare = budget - sum(t[0].cost for t in tables)
+    if spare <= 0 or not tables:
+        return [t[0] for t in tables]
+    if sum(t[-1].cost - t[0].cost for t in tables) <= spare:
+        return [t[-1] for t in tables]
+    cells = max(GRID, 100 * len(tables))
+    # Costs above each table's cheapest, in cells, to the nearest: an exact fit stays one.
+    extra = [[round((o.cost - t[0].cost) / spare * cells) for o in t] for t in tables]
+    least: NDArray[np.float64] = np.zeros(cells + 1)
+    picks: list[NDArray[np.int32]] = []
+    for table, widths in zip(tables, extra, strict=True):
+        after = least + table[0].loss
+        pick = np.zeros(cells + 1, np.int32)
+        for j in range(1, len(table)):
+            w = widths[j]
+            if w > cells:
                 break
-            hull.pop()
-        hull.append(i)
-    return hull
+            candidate = least[: cells + 1 - w] + table[j].loss
+            better = candidate < after[w:]
+            after[w:][better] = candidate[better]
+            pick[w:][better] = j
+        least = after
+        picks.append(pick)
+    for full in range(cells, -1, -1):  # a few cells down at most, where rounding hid an excess
+        at, cell = [0] * len(tables), full
+        for i in reversed(range(len(tables))):
+            at[i] = int(picks[i][cell])
+            cell -= extra[i][at[i]]
+        if sum(t[i].cost for t, i in zip(tables, at, strict=True)) <= budget + 1e-12:
+            break
+    return _filled(tables, at, budget)
 
 
-def _walk(tables: Sequence[Sequence[_Option]], budget: float) -> list[_Option]:
-    """Steepest hull segments first while they fit, then any single step that fits."""
-    hulls = [_hull(t) for t in tables]
-    at = [0] * len(tables)
-    spent = sum(t[0].cost for t in tables)
-    slack = 1e-12
-
-    def slope(a: _Option, b: _Option) -> float:
-        return (a.loss - b.loss) / max(b.cost - a.cost, 1e-300)
-
-    queue = [(-slope(t[h[0]], t[h[1]]), i, 1) for i, (t, h) in enumerate(zip(tables, hulls, strict=True)) if len(h) > 1]
-    heapq.heapify(queue)
-    while queue:
-        _, i, step = heapq.heappop(queue)
-        table, hull = tables[i], hulls[i]
-        extra = table[hull[step]].cost - table[at[i]].cost
-        if spent + extra > budget + slack:
-            continue
-        spent, at[i] = spent + extra, hull[step]
-        if step + 1 < len(hull):
-            heapq.heappush(queue, (-slope(table[hull[step]], table[hull[step + 1]]), i, step + 1))
+def _filled(tables: Sequence[Sequence[_Option]], at: list[int], budget: float) -> list[_Option]:
+    """Spend what is left on single steps to better points, the one that helps most for its cost first."""
+    spent = sum(t[i].cost for t, i in zip(tables, at, strict=True))
     while True:
         steps = [
-            (slope(table[at[i]], table[j]), i, j)
+            ((table[at[i]].loss - table[j].loss) / (table[j].cost - table[at[i]].cost), i, j)
             for i, table in enumerate(tables)
             for j in range(at[i] + 1, len(table))
-            if spent + table[j].cost - table[at[i]].cost <= budget + slack
+            if spent + table[j].cost - table[at[i]].cost <= budget + 1e-12
         ]
         if not steps:
             return [table[i] for table, i in zip(tables, at, strict=True)]

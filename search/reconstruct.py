@@ -18,12 +18,12 @@ from search.chains import follow, schedule
 from search.decompose import METHODS
 from search.decompose.base import problems
 from search.errors import BadRequest
-from search.norms import NORMS, blend, recalibrate_batch_norm
-from search.spec import Plan
+from search.norms import NORMS, affine, blend, recalibrate_batch_norm, typed
+from search.spec import Plan, SitePlan
 from search.surgery import replace
 from search.targets import Options, Target, dense_weight, last_link
 
-__all__ = ["Options", "recalibrate_batch_norm", "reconstruct"]
+__all__ = ["Options", "fit_alone", "recalibrate_batch_norm", "reconstruct"]
 
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 
@@ -60,12 +60,40 @@ def reconstruct(
     if batches is None or not sequential:
         statistics = {} if batches is None else collect(original, list(plan), batches())
         for site, entry in plan.items():
-            fit = METHODS[entry.method].factorize(network.get_submodule(site), entry.ranks, statistics.get(site))
-            found[site] = fit.error
-            replace(network, site, fit.module)
+            found[site] = fit_alone(network, site, entry, statistics.get(site))
         return network
     _Walk(original, network, plan, list(batches()), options or Options(), found).run()
     return network
+
+
+@torch.no_grad()
+def fit_alone(network: nn.Module, site: str, entry: SitePlan, statistics: Statistics | None) -> float:
+    """Factorize one site in place, as if nothing else changed; the relative output error.
+
+    What the approximation loses of the output's mean goes to the bias, or to the batch norm right behind.
+    """
+    layer = network.get_submodule(site)
+    norm, metric = _norm_behind(network, site), None
+    if norm is not None:
+        metric = affine(norm)[0].square()
+    fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric)
+    replace(network, site, fit.module)
+    if statistics is not None:
+        shift = _correct_mean(fit.module, statistics, layer.bias is not None or norm is not None)
+        if shift is not None and norm is not None:
+            typed(norm).running_mean = typed(norm).running_mean - shift
+    return fit.error
+
+
+def _norm_behind(network: nn.Module, site: str) -> nn.Module | None:
+    if not isinstance(network, fx.GraphModule):
+        return None
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        if node.op == "call_module" and node.target == site:
+            name = follow(node, modules).norm
+            return None if name is None else modules[name]
+    return None
 
 
 class _Walk:

@@ -361,6 +361,9 @@ class SiteChoice(Value):
     """Method to the ranks that analytic variational Bayes chooses."""
     sensitivity: float = 1.0
     """Predicted rise of the loss per unit of relative output error of this site (measured, >= 0)."""
+    rises: tuple[tuple[float, float], ...] = ()
+    """Measured ``(relative output error, rise of the loss)``, both positive, by rising error; empty: only the
+    sensitivity is known, and the loss is taken as proportional to the error."""
 
 
 class Profile(Value):
