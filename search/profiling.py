@@ -1,7 +1,6 @@
 """What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,17 +15,14 @@ from search.chains import follow
 from search.decompose import METHODS
 from search.errors import BadRequest
 from search.metrics import class_last, forward
+from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice
-from search.surgery import replace
 from search.vbmf import evbmf_rank
-from tenfold.layers import FactorizedLayer
 
 __all__ = ["measure_sites", "methods_of"]
 
 STATISTICS_BYTES = 1 << 30
 """Of second moments held at a time; more layers take another pass over the calibration data."""
-PROBE_ERROR = 0.1
-"""Relative output error at which a layer's effect on the loss is measured."""
 PROBE_ROWS = 256
 PROBE_S = 60.0
 """About how long the measuring of effects may take."""
@@ -68,8 +64,7 @@ def measure_sites(bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, k
             own = {kept[name].method, *methods} if name in kept else set(methods)
             choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept)
             if choice.curves:
-                rise = probe.sensitivity(choice, statistics[name], importance.get(name), len(wanted))
-                found.append(choice.model_copy(update={"sensitivity": rise}))
+                found.append(probe.measure(choice, statistics[name], len(wanted)))
     if not found:
         raise _nothing_to_do(bench, layers)
     order = {layer.name: i for i, layer in enumerate(layers)}
@@ -164,23 +159,16 @@ class _Probe:
         self.inputs = tuple(torch.cat(xs)[:PROBE_ROWS] for xs in zip(*bench.calibration, strict=True))
         self.original = self._answers(bench.original)
         self.pass_s = time.perf_counter() - began
-        self.base = self._loss()
+        self.base = self._loss(self.network)
 
-    def sensitivity(self, choice: SiteChoice, statistics: Statistics, importance: Tensor | None, sites: int) -> float:
-        """Rise of the loss per unit of relative output error at this site, not below zero."""
-        if self.pass_s * sites > PROBE_S:
-            self._shrink(self.pass_s * sites / PROBE_S)
-        points = [(m, p) for m, curve in choice.curves.items() for p in curve if p.error > 0]
-        if not points:
-            return 0.0
-        method, point = min(points, key=lambda mp: abs(math.log(mp[1].error / PROBE_ERROR)))
-        layer = self.network.get_submodule(choice.site)
-        fit = METHODS[method].factorize(layer, point.ranks, statistics, metric=importance)
-        _keep_mean(fit.module, statistics)
-        replace(self.network, choice.site, fit.module.eval())
-        rise = self._loss() - self.base
-        replace(self.network, choice.site, layer)
-        return max(rise, 0.0) / point.error if math.isfinite(rise) else 1.0 / point.error
+    def measure(self, choice: SiteChoice, statistics: Statistics, sites: int) -> SiteChoice:
+        """``choice`` with its rises of the loss, and the first of them as its slope."""
+        expected = self.pass_s * sites * len(PROBE_ERRORS)
+        if expected > PROBE_S:
+            self._shrink(expected / PROBE_S)
+        rises = measure_rises(self.network, choice, statistics, self._loss, self.base)
+        slope = rises[0][1] / rises[0][0] if rises else 0.0
+        return choice.model_copy(update={"rises": rises, "sensitivity": slope})
 
     def _shrink(self, factor: float) -> None:
         """Fewer samples, where all sites together would take too long."""
@@ -190,36 +178,19 @@ class _Probe:
         if rows < len(self.inputs[0]):
             self.inputs = tuple(x[:rows] for x in self.inputs)
             self.original = self.original[:rows]
-            self.base = self._loss()
+            self.base = self._loss(self.network)
 
     def _answers(self, network: nn.Module) -> Tensor:
         with torch.no_grad():
             return forward(network.eval(), self.inputs, self.bench.runtime.fixed_batch).float()
 
-    def _loss(self) -> float:
+    def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""
-        answers, wanted = self._answers(self.network), self.original
+        answers, wanted = self._answers(network), self.original
         if self.bench.classes:
             y, t = class_last(answers).log_softmax(-1), class_last(wanted).log_softmax(-1)
             return float(F.kl_div(y, t, log_target=True, reduction="none").sum(-1).mean())
         return float((answers - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12))
-
-
-def _keep_mean(module: FactorizedLayer, statistics: Statistics) -> None:
-    """Give the layer's output the mean it had, as a reconstruction would (by a bias, or the batch norm behind it).
-
-    The curves' errors are about the means; a shift left in would be measured as if it were part of them.
-    """
-    groups = statistics.second.shape[0]
-    dense = module.dense_weight().detach().double()
-    rows = dense.reshape(groups, len(dense) // groups, -1)
-    mean = statistics.mean_output - torch.einsum("gon,gn->go", rows, statistics.mean_input).flatten()
-    bias = module.get_submodule("last").bias
-    if isinstance(bias, Tensor):
-        mean = mean - bias.detach().double()
-    axes = getattr(module, "kernel_size", ())
-    shift = mean.float().reshape(-1, *(1 for _ in axes))
-    module.register_forward_hook(lambda _module, _inputs, y: y + shift)
 
 
 def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
