@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from search.intake.architectures import build
 
 import tenfold
 from benchmarks.datasets import prepare
 from examples.demo import service
+from search.intake.architectures import build
 from tenfold.progress import before_and_after, watch
 
 TRANSFORM = {
