@@ -105,6 +105,15 @@ class House:
                 pytest.fail(f"waited {seconds} s in vain\n{logs}")
             time.sleep(0.1)
 
+    def until_tended(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+        """The same while the launcher starts again what died."""
+
+        def tended() -> bool:
+            self.group.tend()
+            return condition()
+
+        self.until(tended, seconds)
+
     def compute_of(self, worker: psutil.Process) -> psutil.Process:
         def found() -> list[psutil.Process]:
             return [c for c in worker.children() if is_a_toy(c)]

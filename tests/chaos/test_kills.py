@@ -4,7 +4,7 @@ import psutil
 import pytest
 
 from db import artifacts, trials
-from db.tables import JobState
+from db.tables import TERMINAL_JOBS, JobState
 from search.spec import TrialState
 
 OWNER = "somebody"
@@ -21,6 +21,12 @@ def assert_ended_once_and_well(house, job_id, trials_asked):
     assert [r.number for r in rows] == list(range(trials_asked))
     assert all(r.state is TrialState.DONE for r in rows)
     assert len({(a.trial, a.filename) for a in made}) == len(made) == 1
+
+
+def lost_attempts(house, job_id):
+    """Those followed by another, and those that were a trial's last."""
+    given_up = [m for m in house.told(job_id, "trial") if " failed: " in m]
+    return len(house.told(job_id, "attempt")) + len(given_up)
 
 
 def test_a_job_runs_through_real_workers_and_a_real_broker(house):
@@ -69,7 +75,7 @@ def test_killing_the_broker_does_not_disturb_a_job_under_way(house):
     server.kill()
     broker.process.wait(10)
     house.control(steps=1)
-    house.until(lambda: (house.group.tend(), broker.process is not None and broker.process.poll() is None)[1])
+    house.until_tended(lambda: broker.process is not None and broker.process.poll() is None)
     assert_ended_once_and_well(house, job_id, 3)
     second = house.submit(trials=2)
     assert_ended_once_and_well(house, second, 2)
@@ -81,7 +87,7 @@ def test_a_broker_that_is_away_when_a_job_is_submitted_only_delays_it(house):
     broker.process.kill()
     broker.process.wait(10)
     job_id = house.submit(trials=2)
-    house.until(lambda: (house.group.tend(), broker.process is not None and broker.process.poll() is None)[1])
+    house.until_tended(lambda: broker.process is not None and broker.process.poll() is None)
     assert_ended_once_and_well(house, job_id, 2)
 
 
@@ -104,13 +110,13 @@ def test_a_storm_of_kills_still_ends_the_job_once(house):
     house.start(workers=2)
     job_id = house.submit(trials=8, parallel=2)
     for round_ in range(4):
-        told = len(house.told(job_id, "attempt"))
+        before = lost_attempts(house, job_id)
         worker = house.until_a_trial_runs(job_id)
         target = psutil.Process(worker.process.pid)
         (house.compute_of(target) if round_ % 2 else target).kill()
-        house.until(lambda told=told: len(house.told(job_id, "attempt")) > told)
-        house.group.tend()
+        house.until_tended(lambda before=before: lost_attempts(house, job_id) > before)
     house.control(steps=1)
-    job = house.until_done(job_id, 120)
+    house.until_tended(lambda: house.job(job_id).state in TERMINAL_JOBS, 120)
+    job = house.job(job_id)
     assert job.state is JobState.DONE
     assert len([m for m in house.told(job_id, "state") if "keeps the budget" in m]) == 1
