@@ -3,8 +3,8 @@
     python -m benchmarks.service --network resnet20 --weights ../shared/weights/resnet20_cifar10.safetensors
 
 Starts ``tenfold-server up`` in a scratch folder, exports the network with the SDK, uploads it and CIFAR-10 over REST,
-waits, and writes the job's report, trials, front and wall times to ``--json``. Half of the test images are used to choose;
-the budget is judged on the other half, which no choice has seen.
+waits, and writes the job's report, trials, front and wall times to ``--json``. Half of the test images are used to
+choose; the budget is judged on the other half, which no choice has seen.
 """
 
 import argparse

@@ -32,6 +32,8 @@ console = Console(highlight=False)
 @contextmanager
 def service(folder: Path, workers: int) -> Iterator[tuple[str, str]]:
     """``tenfold-server up`` with its embedded defaults; gives its address and its first admin key."""
+    # A terminated demo must not leave its service behind: SIGTERM unwinds like any exit.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # The uploads are our own, so a kernel without every layer of the jail will do.
     environment = {**os.environ, "TENFOLD_JAIL": "best_effort"}
     log = (folder / "server.log").open("w")
@@ -122,7 +124,8 @@ def print_result(job: tenfold.Job, before: float, checked: dict[str, float], *, 
     console.print(before_and_after(baseline, best))
     console.print(
         f"on the test images, in the clean process: .pt2 {checked['pt2_accuracy']:.4f}, "
-        f".onnx {checked['onnx_accuracy']:.4f}, original {before:.4f} · {seconds:.0f} s in all"
+        f".onnx {checked['onnx_accuracy']:.4f}, original {before:.4f} · {seconds:.0f} s in all",
+        soft_wrap=True,
     )
     p, q = baseline["costs"]["parameters"], best["costs"]["parameters"]
     console.print(
