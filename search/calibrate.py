@@ -44,7 +44,7 @@ class Statistics:
     count: int
     """Rows (samples times output positions) behind them."""
     input_sizes: tuple[int, ...] = ()
-    """Spatial sizes of the layer's input; empty for a Linear."""
+    """Spatial sizes of a convolution's input; a Linear's axes between the samples and the features (tokens)."""
 
 
 class Moments:
@@ -68,8 +68,7 @@ class Moments:
     def see(self, x: Tensor) -> None:
         """Note the spatial sizes of an input that rows are drawn from."""
         self.calls += 1
-        if isinstance(self.layer, _CONVS):
-            self.input_sizes = tuple(x.shape[2:])
+        self.input_sizes = tuple(x.shape[2:] if isinstance(self.layer, _CONVS) else x.shape[1:-1])
 
     def add(self, x: Tensor, y: Tensor, *, target_only: bool = False) -> None:
         """Some rows: ``x`` (groups, rows, n) as ``Rows`` gives them, ``y`` (rows, out) the outputs wanted for them.

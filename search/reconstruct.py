@@ -62,7 +62,14 @@ def reconstruct(
         for site, entry in plan.items():
             found[site] = fit_alone(network, site, entry, statistics.get(site))
         return network
-    _Walk(original, network, plan, list(batches()), options or Options(), found).run()
+    options, was_training = options or Options(), original.training
+    original.eval()
+    try:
+        walk = _Walk(original, network, plan, list(batches()), options, found)
+        walk.batches = walk.batches[: walk.fitting(options.memory_bytes)]
+        walk.run()
+    finally:
+        original.train(was_training)
     return network
 
 
@@ -74,6 +81,8 @@ def fit_alone(network: nn.Module, site: str, entry: SitePlan, statistics: Statis
     """
     layer = network.get_submodule(site)
     norm, metric = _norm_behind(network, site), None
+    if isinstance(layer, nn.Linear) and statistics is not None and statistics.input_sizes:
+        norm = None  # a batch norm over tokens, not over the layer's outputs
     if norm is not None:
         metric = affine(norm)[0].square()
     fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric)
@@ -124,28 +133,51 @@ class _Walk:
         self.same = {name: _equal(module, network.get_submodule(name)) for name, module in self.modules.items()}
 
     def run(self) -> None:
-        was_training = self.original.training
-        self.original.eval()
-        uses = {n: len(n.users) + sum(c.other is n for c in self.chains.values()) for n in self.order}
+        uses = self._uses()
         fitted: set[str] = set()
-        try:
-            for node in self.order:
-                if node.op == "output":
-                    continue
-                self._evaluate_original(node)
-                site = self.sites.get(node)
-                if site is not None and site not in fitted:
-                    self._fit(node, site)
-                    fitted.add(site)
-                self._evaluate_network(node)
-                other = self.chains[node].other if node in self.chains else None
-                for n in [*node.all_input_nodes, *([other] if other is not None else [])]:
-                    uses[n] -= 1
-                    if uses[n] <= 0:
-                        self.wanted.pop(n, None)
-                        self.got.pop(n, None)
-        finally:
-            self.original.train(was_training)
+        for node in self.order:
+            if node.op == "output":
+                continue
+            self._evaluate_original(node)
+            site = self.sites.get(node)
+            if site is not None and site not in fitted:
+                self._fit(node, site)
+                fitted.add(site)
+            self._evaluate_network(node)
+            for n in self._used_up(node, uses):
+                self.wanted.pop(n, None)
+                self.got.pop(n, None)
+
+    def _uses(self) -> dict[fx.Node, int]:
+        """How often each value is still needed: by its users, and by the sites whose target it enters."""
+        return {n: len(n.users) + sum(c.other is n for c in self.chains.values()) for n in self.order}
+
+    def _used_up(self, node: fx.Node, uses: dict[fx.Node, int]) -> list[fx.Node]:
+        """The values that nobody needs once ``node`` is done."""
+        other = self.chains[node].other if node in self.chains else None
+        done = []
+        for n in [*node.all_input_nodes, *([other] if other is not None else [])]:
+            uses[n] -= 1
+            if uses[n] <= 0:
+                done.append(n)
+        return done
+
+    def fitting(self, memory_bytes: int) -> int:
+        """How many batches' live values fit: both networks, at the point where most is alive; at least one batch."""
+        uses, live, peak = self._uses(), 0, 1
+        held: dict[fx.Node, int] = {}
+        values: dict[fx.Node, list[Any]] = {}
+        for node in self.order:
+            if node.op == "output":
+                continue
+            values[node] = [self._call(node, self.original, values, 0)]
+            held[node] = _bytes(values[node][0])
+            live += held[node]
+            peak = max(peak, live)
+            for n in self._used_up(node, uses):
+                live -= held.pop(n, 0)
+                values.pop(n, None)
+        return max(1, memory_bytes // (2 * peak))
 
     # ------------------------------------------------------------------ values
 
@@ -268,6 +300,12 @@ def _check(network: nn.Module, site: str, method: str) -> None:
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in mine.items())
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(v) for v in value) if isinstance(value, (tuple, list)) else 0
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

@@ -46,6 +46,8 @@ class Options:
     """Site to (out,) weights of its outputs' squared errors, instead of a following batch norm's scale."""
     rows: int = ROWS
     """Rows drawn for each column of a layer's matrix."""
+    memory_bytes: int = 4 << 30
+    """For the live values of both networks; calibration batches beyond what fits are left out."""
 
 
 class Values(Protocol):
@@ -68,9 +70,11 @@ class Target:
 
     def __init__(self, values: Values, node: fx.Node, site: str, layer: nn.Module) -> None:
         chain, options = values.chains[node], values.options
-        usable = chain.other is not None and chain.other in values.got and options.residual
-        other = chain.other if usable else None
-        self.relu = chain.relu and (usable or chain.other is None)
+        y: list[Tensor] = values.wanted[node]
+        if chain.norm is not None and isinstance(layer, nn.Linear) and y[0].dim() > 2:
+            chain = Chain()  # a batch norm over tokens, not over the layer's outputs
+        other = chain.other if chain.other is not None and options.residual and _alike(values, chain.other, y) else None
+        self.relu = chain.relu and other is chain.other
         self.shift: Tensor | None = None
         self._norm = chain.norm
         self._norms: tuple[nn.Module, nn.Module] | None = None
@@ -80,7 +84,6 @@ class Target:
         self.metric = options.importance.get(site)
         if self.metric is None and self._norms is not None:
             self.metric = affine(self._norms[1])[0].square()
-        y: list[Tensor] = values.wanted[node]
         self._rows = Rows(layer, sum(len(v) for v in y), rows=options.rows)
         self._index = [self._rows.draw(v, seed) for seed, v in enumerate(y)]
         self._raw = self._pick(y)
@@ -145,6 +148,15 @@ class Target:
         norm = typed(self._norms[1])
         norm.running_mean = norm.running_mean - self.shift
         return self._norm
+
+
+def _alike(values: Values, other: fx.Node, y: Sequence[Tensor]) -> bool:
+    """Whether the other operand is known in both networks, and is no broadcast one."""
+    both = (values.wanted.get(other), values.got.get(other))
+    return all(
+        known is not None and all(isinstance(s, Tensor) and s.shape == v.shape for s, v in zip(known, y, strict=True))
+        for known in both
+    )
 
 
 def dense_weight(module: nn.Module) -> Tensor:

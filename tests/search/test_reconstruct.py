@@ -225,3 +225,34 @@ def test_a_value_changed_in_place_is_seen_by_its_other_users() -> None:
     data = [(torch.randn(200, 6),)]
     made = reconstruct(model, model, {"b": SitePlan(method="svd", ranks=(6,))}, lambda: [(x.clone(),) for (x,) in data])
     torch.testing.assert_close(made(data[0][0].clone()), model(data[0][0].clone()), rtol=1e-3, atol=1e-3)
+
+
+def test_operands_that_broadcast_and_norms_over_tokens_are_left_alone() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)  # of 8 tokens, as many as the layer has outputs
+            self.place = nn.Parameter(torch.randn(1, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.relu(self.a(x) + self.place)) + self.norm(self.b(F.relu(self.a(x))))
+
+    torch.manual_seed(0)
+    model = fx.symbolic_trace(Tokens().eval())
+    with torch.no_grad():
+        model.get_submodule("norm").running_mean.uniform_(-1, 1)
+        model.get_submodule("norm").running_var.uniform_(0.5, 2)
+    x = torch.randn(64, 8, 6)
+    plan: Plan = {"a": SitePlan(method="svd", ranks=(6,)), "b": SitePlan(method="svd", ranks=(8,))}
+    for sequential in (True, False):
+        made = reconstruct(model, model, plan, lambda: [(x,)], sequential=sequential)
+        torch.testing.assert_close(made(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_only_as_many_batches_are_kept_as_memory_holds(net: fx.GraphModule) -> None:
+    one_batch = reconstruct(net, net, PLAN, lambda: list(batches())[:1])
+    small = reconstruct(net, net, PLAN, batches, options=Options(memory_bytes=1))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one_batch.state_dict().values(), small.state_dict().values(), strict=True)
+    )
