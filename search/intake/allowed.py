@@ -36,7 +36,7 @@ ATEN = _names(
     linalg_vector_norm logsumexp cumsum diff cumprod topk sort argsort median nansum view reshape _unsafe_view flatten
     unflatten squeeze squeeze_ unsqueeze unsqueeze_ transpose transpose_ permute t numpy_T movedim swapaxes expand
     expand_as expand_copy repeat repeat_interleave tile cat concat stack hstack vstack split split_with_sizes chunk
-    unbind tensor_split narrow slice select index index_select gather take_along_dim scatter scatter_add index_add
+    unbind narrow slice select index index_select gather take_along_dim scatter scatter_add index_add
     index_copy index_put index_put_ slice_scatter select_scatter roll flip rot90 diagonal unfold contiguous clone
     alias detach detach_ copy_ fill_ zero_ lift_fresh_copy view_as reshape_as adaptive_max_pool3d broadcast_to
     broadcast_tensors meshgrid one_hot cdist cosine_similarity normalize pairwise_distance to _to_copy type_as float

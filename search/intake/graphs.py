@@ -15,6 +15,14 @@ _LIST_MAX = 65_536
 _SIZE_BITS_MAX = 120
 """Sizes are Python integers at run time; forty squarings in a row would fill the memory."""
 
+_GEOMETRY = {
+    **dict.fromkeys(("stride", "padding", "dilation", "output_padding", "kernel_size", "pad"), 4096),
+    "output_size": 65_536,
+    "interpolation_mode": 2,
+    "padding_mode": 2,
+}
+"""Largest values of what torch's kernels do not check themselves: a transposed convolution of stride 20000 crashes."""
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,400}\Z")
 _STRING = re.compile(r"[a-z_]{0,24}\Z")
 _EQUATION = re.compile(r"[A-Za-z,.\-> ]{1,200}\Z")
@@ -224,6 +232,9 @@ class GraphVetter:
                     i["arg"] = {"as_string": "cpu"}
         elif any("as_graph" in i["arg"] for i in inputs):
             raise Refused("argument", f"{target} takes a graph as argument")
+        for i in inputs:
+            if i["name"] in _GEOMETRY:
+                _bound_geometry(target, i["name"], i["arg"])
         outputs = [self._argument(o, depth) for o in _list(node.get("outputs"))]
         _bound_sizes(target, inputs, outputs, bits)
         out: dict[str, Any] = {
@@ -335,6 +346,13 @@ class GraphVetter:
 
 
 _NO_BRACKETS = {ord(c): "_" for c in "<>[]"}
+
+
+def _bound_geometry(target: str, name: str, arg: dict[str, Any]) -> None:
+    kind, inner = next(iter(arg.items()))
+    values = [inner] if kind == "as_int" else inner if kind == "as_ints" else []
+    if any(abs(v) > _GEOMETRY[name] for v in values):
+        raise Refused("argument", f"{target} has {name} {values[:6]}; at most {_GEOMETRY[name]} is run")
 
 
 def _bound_sizes(

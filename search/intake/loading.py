@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from search.errors import BadModel, TenfoldError
 from search.intake.batch import free_batch
+from search.intake.dryrun import refuse_huge
 from search.intake.formats import detect
 from search.intake.lift import InputFacts, lift
 from search.intake.lifted import LiftedModel, all_outputs
@@ -80,6 +81,7 @@ def lift_program(program: ExportedProgram, format: str) -> LiftedModel:
         return tuple(t[:n] if b else t for t, b in zip(most, batched, strict=True))
 
     try:
+        refuse_huge(lifted.module, inputs(2 * exported))
         module, batch = free_batch(lifted.module, inputs, exported, symbolic)
         with torch.no_grad():
             first = all_outputs(module(*inputs(exported)))

@@ -256,7 +256,8 @@ def embedding(a: Arguments, t: Tensors) -> Built | None:
 def recurrent(a: Arguments, t: Tensors) -> Built | None:
     params = a["params"]
     weights = [w for w in map(t.weight, params) if w is not None]
-    if len(weights) != len(params) or len(weights) < 2:
+    # The number of layers is the file's word: it is held against the weights before anything counts up to it.
+    if len(weights) != len(params) or not 2 <= 2 * a["num_layers"] <= len(weights):
         return None
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     first, second = weights[:2]

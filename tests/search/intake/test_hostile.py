@@ -298,6 +298,50 @@ def test_a_number_in_place_of_a_type(forge: Any) -> None:
         load_model(path, scratch=path.parent)
 
 
+def test_geometry_that_crashes_a_kernel(forge: Any) -> None:
+    """A transposed convolution of stride 20000 is a segmentation fault in torch 2.13 on the CPU."""
+
+    def change(p: Any) -> None:
+        nodes = p["graph_module"]["graph"]["nodes"]
+        node = next(n for n in nodes if n["target"] == "torch.ops.aten.conv2d.default")
+        node["inputs"].append({"name": "stride", "arg": {"as_ints": [2, 20_000]}, "kind": 1})
+
+    refused(forge(edit_program(change)), "argument")
+
+
+def test_a_huge_tensor_is_refused_before_it_is_allocated(forge: Any) -> None:
+    def change(p: Any) -> None:
+        nodes = p["graph_module"]["graph"]["nodes"]
+        node = next(n for n in nodes if n["target"] == "torch.ops.aten.ones.default")
+        node["inputs"][0]["arg"] = {"as_ints": [2**20, 2**14]}
+
+    path = forge(edit_program(change))
+    with pytest.raises(BadModel, match="more than 4 GiB"):
+        load_model(path, scratch=path.parent)
+
+
+def test_a_billion_layers_of_lstm(tmp_path: Path, forge: Any) -> None:
+    export(nn.LSTM(3, 3, batch_first=True), torch.randn(2, 4, 3), tmp_path / "lstm.pt2")
+    with zipfile.ZipFile(tmp_path / "lstm.pt2") as z:
+        honest = {n.partition("/")[2]: z.read(n) for n in z.namelist()}
+
+    def change(p: Any) -> None:
+        nodes = p["graph_module"]["graph"]["nodes"]
+        node = next(n for n in nodes if n["target"] == "torch.ops.aten.lstm.input")
+        next(i for i in node["inputs"] if i["name"] == "num_layers")["arg"] = {"as_int": 10**9}
+
+    def edit(entries: dict[str, bytes]) -> None:
+        entries.clear()
+        entries.update(honest)
+        edit_program(change)(entries)
+
+    path = forge(edit)
+    started = time.monotonic()
+    with pytest.raises(BadModel):
+        load_model(path, scratch=tmp_path)
+    assert time.monotonic() - started < 20
+
+
 def test_nested_graphs_have_a_limit(forge: Any) -> None:
     def change(p: Any) -> None:
         graph = p["graph_module"]["graph"]
