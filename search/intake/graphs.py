@@ -18,10 +18,11 @@ _SIZE_BITS_MAX = 120
 _GEOMETRY = {
     **dict.fromkeys(("stride", "padding", "dilation", "output_padding", "kernel_size", "pad"), 4096),
     "output_size": 65_536,
+    "num_layers": 256,
     "interpolation_mode": 2,
     "padding_mode": 2,
 }
-"""Largest values of what torch's kernels do not check themselves: a transposed convolution of stride 20000 crashes."""
+"""Largest values of what torch does not check: a transposed convolution of stride 20000 crashes, layers are counted."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,400}\Z")
 _STRING = re.compile(r"[a-z_]{0,24}\Z")

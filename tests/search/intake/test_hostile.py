@@ -335,11 +335,7 @@ def test_a_billion_layers_of_lstm(tmp_path: Path, forge: Any) -> None:
         entries.update(honest)
         edit_program(change)(entries)
 
-    path = forge(edit)
-    started = time.monotonic()
-    with pytest.raises(BadModel):
-        load_model(path, scratch=tmp_path)
-    assert time.monotonic() - started < 20
+    refused(forge(edit), "argument")
 
 
 def test_nested_graphs_have_a_limit(forge: Any) -> None:
