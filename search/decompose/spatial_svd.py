@@ -53,9 +53,10 @@ class SpatialSVD:
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
         rows, columns, c_in, c_out = _sizes(layer)
-        first, last = (layer.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
+        conv = conv2d_of(layer)
+        first, last = (conv.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         # The first link strides along rows only, so it is applied at more positions than the last.
-        middle = output_positions * conv2d_of(layer).stride[1]
+        middle = output_positions * conv.stride[1]
         if input_sizes is not None:
             middle = sizes_along(layer, input_sizes)[0] * input_sizes[1]
         return first + last + bias_parameters(layer), first * middle + last * output_positions
