@@ -60,8 +60,9 @@ def project(problem: Problem, taps: int) -> Tensor:
     root = (vectors * values.sqrt()) @ vectors.T
     unroot = (vectors / values.sqrt()) @ vectors.T
     unfolded = problem.weighed.reshape(-1, a, taps).permute(1, 0, 2).reshape(a, -1)
-    leading: Tensor = torch.linalg.eigh(root @ (unfolded @ unfolded.T) @ root).eigenvectors.flip(-1)
-    return leading.T @ unroot
+    leading = torch.linalg.eigh(root @ (unfolded @ unfolded.T) @ root).eigenvectors.flip(-1)
+    factor: Tensor = leading.T @ unroot
+    return factor
 
 
 def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
