@@ -23,10 +23,13 @@ def export(model: nn.Module, example: Tensor | Sequence[Tensor], path: str | Pat
     it, at the example's size, with a warning. Nothing else goes along: no source paths, no example data.
 
     The model itself is left as it was. Raises ``ValueError`` for inputs without a batch, ``TypeError`` for a model that
-    is no ``nn.Module``, and torch's own errors where the model cannot be exported.
+    is no ``nn.Module``, ``RuntimeError`` for a torch older than 2.9, and torch's own errors where the model cannot be
+    exported.
 
     >>> tenfold.export(model, torch.randn(2, 3, 32, 32), "model.pt2")
     """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9):
+        raise RuntimeError(f"torch {torch.__version__} saves weights as pickles, which are refused: use 2.9 or later")
     if not isinstance(model, nn.Module):
         raise TypeError(f"export takes an nn.Module, got {type(model).__name__}")
     inputs = _batched((example,) if isinstance(example, Tensor) else tuple(example))

@@ -32,13 +32,17 @@ _IGNORED = re.compile(
 )
 """Present in honest files and never opened."""
 
-_AGAIN = "write the file again with tenfold.export (or torch.export.save of torch 2.13)"
+_AGAIN = "write the file again with tenfold.export (or torch.export.save of torch 2.9 or later)"
 _REFUSED_PARTS = (
     (re.compile(r"data/aotinductor/"), "compiled_code", "compiled code, which would run here"),
     (re.compile(r"data/constants/(custom|opaque)_obj_"), "custom_object", "a pickled object"),
-    (re.compile(r"data/(weights|constants)/[^/]*\.pt\Z"), "pickled_weights", "pickled weights"),
+    (
+        re.compile(r"data/(weights|constants)/[^/]*\.pt\Z"),
+        "pickled_weights",
+        "pickled weights, as torch 2.8 wrote them",
+    ),
     (re.compile(r"(?:.*/)?data\.pkl\Z|.*\.pkl\Z"), "pickle", "a pickle"),
-    (re.compile(r"serialized_"), "old_format", "the format of torch 2.7 and older"),
+    (re.compile(r"serialized_"), "old_format", "the format of an older torch"),
     (re.compile(r"data/executorch/"), "compiled_code", "a program for another runtime"),
 )
 

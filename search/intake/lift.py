@@ -24,6 +24,8 @@ __all__ = ["InputFacts", "Lift", "lift"]
 
 _COUNTER = "num_batches_tracked"
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_WITHOUT_WEIGHTS = {"Attention": "attention", "RReLU": "rrelu"}
+"""Names for calls that are no module of the user's; every other one is a dropout."""
 _HIGHER_ORDER = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -78,6 +80,8 @@ class _Lifter:
     inputs: list[InputFacts] = field(default_factory=list)
     env: dict[fx.Node, Any] = field(default_factory=dict)
     _flat: set[fx.Node] = field(default_factory=set)
+    _fresh: set[fx.Node] = field(default_factory=set)
+    """Nodes of the exported graph whose value no other shares."""
     _attributes: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Lift:
@@ -177,7 +181,7 @@ class _Lifter:
         if weight is None:
             kind = type(built.module).__name__
             own = _stack_type(node).endswith(("Dropout", "Dropout1d", "Dropout2d", "Dropout3d")) and where
-            name = where if own else ".".join(filter(None, (where, "attention" if kind == "Attention" else "dropout")))
+            name = where if own else ".".join(filter(None, (where, _WITHOUT_WEIGHTS.get(kind, "dropout"))))
         else:
             names = self.aliases[self.source[weight]]
             if where and any(n.rpartition(".")[0] == where and n.rpartition(".")[2] == "weight" for n in names):
@@ -251,6 +255,8 @@ class _Lifter:
                 args = args[:-1]
             # create_node: Graph.call_module looks for the name in the graph's old owner.
             self.env[node] = self.graph.create_node("call_module", site.name, args)
+            if "Dropout" not in type(site.built.module).__name__:  # in eval mode those hand on their input
+                self._fresh.add(node)
             if site.built.first_of_tuple:
                 self._flat.add(node)
         elif node.target is operator.getitem and node.args[0] in self._flat:
@@ -259,7 +265,7 @@ class _Lifter:
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._higher_order(node)
         elif not self._is_bookkeeping(node):
-            target = out_of_place(node, self.source)
+            target = out_of_place(node, self._fresh)
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)
             self.env[node] = self.graph.create_node("call_function", target, args, kwargs, node.name)
 

@@ -3,47 +3,39 @@
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 __all__ = ["make_portable", "out_of_place"]
 
-_IN_PLACE = {
-    getattr(torch.ops.aten, f"{name}_").default: getattr(torch.ops.aten, name).default
-    for name in [
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "silu",
-        "mish",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "gelu",
-    ]
+aten = torch.ops.aten
+_ACTIVATIONS = "relu relu6 leaky_relu elu selu celu silu mish hardtanh hardswish hardsigmoid sigmoid tanh gelu"
+_IN_PLACE = {getattr(aten, f"{name}_").default: getattr(aten, name).default for name in _ACTIVATIONS.split()} | {
+    getattr(aten, f"{name}_").Tensor: getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")
 }
 
 
-def out_of_place(node: fx.Node, weights: dict[fx.Node, str]) -> Any:
-    """The operator to call: an in-place activation becomes its plain form when nobody else sees the tensor.
+def out_of_place(node: fx.Node, fresh: set[fx.Node]) -> Any:
+    """The operator to call: an in-place activation or residual addition becomes its plain form when nobody else sees
+    the tensor it writes to.
 
     Hooks that keep a layer's output would otherwise find it overwritten. A tensor that something else reads (or a view
-    of one) keeps the in-place form, because what is read then depends on the write.
+    of one) keeps the in-place form, because what is read then depends on the write. ``fresh`` grows: nodes whose value
+    shares memory with no other.
     """
-    first = node.args[0] if node.args else None
-    if node.target in _IN_PLACE and isinstance(first, fx.Node) and first.op == "call_function" and first not in weights:
-        returns_fresh = not any(a.alias_info for a in first.target._schema.returns) if _has_schema(first) else False  # type: ignore[union-attr]
-        if returns_fresh and set(first.users) == {node}:
+    if node.target in _IN_PLACE:
+        first: Any = node.args[0]
+        if first in fresh and set(first.users) == {node} and _same_types(node.args[:2]):
+            fresh.add(node)
             return _IN_PLACE[node.target]
+    elif isinstance(node.target, torch._ops.OpOverload) and not any(r.alias_info for r in node.target._schema.returns):
+        fresh.add(node)
     return node.target
 
 
-def _has_schema(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload)
+def _same_types(args: tuple[Any, ...]) -> bool:
+    """Otherwise the plain form would promote, where the in-place form keeps the type of what it writes to."""
+    values = [a.meta.get("val") for a in args if isinstance(a, fx.Node)]
+    return len({v.dtype for v in values if isinstance(v, Tensor)}) == 1
 
 
 def make_portable(module: fx.GraphModule, stored: set[torch.dtype]) -> None:

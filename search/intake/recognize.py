@@ -314,6 +314,11 @@ def feature_alpha_dropout(a: Arguments, t: Tensors) -> Built | None:
     return Built(nn.FeatureAlphaDropout(a["p"]), (a.get("input", a.get("self")),), {})
 
 
+@recognizes(aten.rrelu.default, aten.rrelu_.default)
+def random_relu(a: Arguments, t: Tensors) -> Built | None:
+    return Built(nn.RReLU(a["lower"], a["upper"]), (a["self"],), {})
+
+
 @recognizes(aten.scaled_dot_product_attention.default)
 def attention(a: Arguments, t: Tensors) -> Built | None:
     if not a["dropout_p"]:

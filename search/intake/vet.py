@@ -21,7 +21,7 @@ from search.intake.signature import clean_ranges, clean_signature
 __all__ = ["SCHEMA_MAJOR", "Vetted", "vet"]
 
 SCHEMA_MAJOR = 8
-"""Files of this major schema are read: torch 2.8 and later."""
+"""Files of this major schema are read: torch 2.9 and later (2.8 wrote the schema, but pickled its weights)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _check_version(program: dict[str, Any]) -> str:
     if major != SCHEMA_MAJOR:
         raise Refused(
             "schema_version",
-            f"the file was written by torch {shown!r} in schema {major!r}; schema {SCHEMA_MAJOR} (torch 2.8 to 2.13) "
+            f"the file was written by torch {shown!r} in schema {major!r}; schema {SCHEMA_MAJOR} (torch 2.9 and later) "
             "is read: export the model again with one of those",
         )
     return shown if all(c.isalnum() or c in ".+" for c in shown) else "unknown"

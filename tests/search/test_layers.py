@@ -1,6 +1,5 @@
 """The table of layers: names, shapes, costs by hand, and reasons."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from torch import nn
 
 from search.errors import BadModel, Refused
 from search.intake import load_model
+from search.intake.allowed import ATEN
 from search.intake.architectures import ARCHITECTURES, build
 
 
@@ -107,6 +109,22 @@ def test_other_formats_are_refused_with_advice(write: Any, code: str, tmp_path: 
     assert e.value.code == code
     if code != "empty":
         assert "tenfold.export" in e.value.message
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.15.0"])
+def test_files_of_other_torch_versions_are_exact(version: str, tmp_path: Path) -> None:
+    """Written by ``tenfold.export`` under that torch; the answers are that torch's own."""
+    files = Path(__file__).with_name("files")
+    lifted = load_model(files / f"torch-{version}.pt2", scratch=tmp_path)
+    known = np.load(files / f"torch-{version}.npz")
+    found = lifted.module(torch.from_numpy(known["x"]))
+    torch.testing.assert_close(found, torch.from_numpy(known["y"]), rtol=1e-5, atol=1e-6)
+    assert isinstance(lifted.module.get_submodule("attention.in_proj"), nn.Linear)
+
+
+def test_every_allowed_operator_exists() -> None:
+    assert [name for name in ATEN if not hasattr(torch.ops.aten, name)] == []
+    assert not {"from_file", "empty", "set_", "resize_", "empty_strided", "item"} & ATEN
 
 
 def test_a_format_that_is_not_the_files_is_refused(tmp_path: Path) -> None:

@@ -117,6 +117,44 @@ def test_hooks_see_what_a_layer_gave_not_what_became_of_it(load: Load) -> None:
     assert bool((seen[0] < 0).any())  # the activation after it is in place in the user's code
 
 
+def test_a_residual_added_in_place_does_not_overwrite_the_layer(load: Load) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y += x
+            return torch.relu_(y)
+
+    model = Residual().eval()
+    lifted = load(model, (torch.randn(2, 3, 8, 8),)).module
+    kept: list[Tensor] = []
+    lifted.get_submodule("conv").register_forward_hook(lambda m, a, out: kept.append(out))
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(lifted(x), model(x))
+    assert torch.equal(kept[0], model.conv(x))
+
+
+def test_writes_that_others_read_stay_in_place(load: Load) -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            half = y[:, :3]  # a view: it sees what is written below
+            y.relu_()
+            return half + 1
+
+    model = Read().eval()
+    lifted = load(model, (torch.randn(2, 6),)).module
+    x = torch.randn(5, 6)
+    assert torch.equal(lifted(x), model(x))
+
+
 def test_tied_weights_stay_one_parameter_and_are_locked(load: Load) -> None:
     lifted = load(TiedLM(), (torch.randint(0, 30, (2, 7)),))
     embed, out = lifted.module.get_submodule("embed"), lifted.module.get_submodule("out")
