@@ -53,7 +53,7 @@ def main() -> None:
     facts = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     settings = {"network": arguments.network, "calibration": arguments.calibration, "methods": arguments.methods}
     arguments.json.write_text(json.dumps({**facts, **settings, "rows": rows}, indent=1) + "\n")
-    Console().print(table(rows))
+    Console(width=110).print(table(rows))
 
 
 def measure(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{r['ratio']:g}",
             str(r["seed"]),
             f"{r['counted_ratio']:.3f}",
-            f"{r['macs'] / 1e6:.1f} of {r['dense_macs'] / 1e6:.1f}",
+            f"{r['macs'] / 1e6:.1f} / {r['dense_macs'] / 1e6:.1f}",
             f"{100 * r['select_accuracy']:.2f}",
             f"{100 * r['test_accuracy']:.2f}",
             f"{PROTOTYPE.get(r['ratio'], float('nan')):.1f}",
