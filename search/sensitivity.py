@@ -2,7 +2,8 @@
 
 The loss is not proportional to a layer's output error: on ResNet-20 it rises about as its square, and the layer that
 matters least at 10 % error (the last) matters a lot at 30 %. One slope misleads an allocation (÷4 without
-training: 48 %, against 80 % when all layers count alike); points at several errors guide it (83 %).
+training, one draw, first 4,000 test images: 48 % with the slope at 10 %, 80 % when all layers count alike, 83 % with
+points at several errors).
 """
 
 import copy

@@ -32,7 +32,13 @@ KEEP_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Options:
-    """How a layer's target is made. The defaults are what measured best."""
+    """How a layer's target is made.
+
+    On ResNet-20 at ÷4 (one draw, held-out KL before losses were measured, 0.642 with the defaults): 4 ReLU sweeps 0.628
+    for more time, none 0.657, none and no ``residual`` 0.647, ``batch_norm`` 0.5 0.638 and 1.0 0.687, ``refit`` of the
+    head 0.675. One draw: the smaller differences
+    may be chance.
+    """
 
     residual: bool = True
     """Before an addition, also make up for the other operand's error."""
