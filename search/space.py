@@ -79,7 +79,8 @@ class GuidedSpace:
 
     * ``kept``: share of the original network's cost (log scale)
     * ``macs_share``: 0 = the cost is parameters, 1 = multiply-accumulates
-    * ``sensitivity``: exponent on the measured sensitivities; 0 = plain output error
+    * ``sensitivity``: exponent on the measured sensitivities, 1 = as measured. They span orders of magnitude between
+      layers, so that far from 1 the weights would drown what was measured.
     * ``depth_i``: log2 of the error weight of the i-th quarter of the network, against the last quarter's
     * ``use_<method>``: switches, where there are several methods
     """
@@ -94,7 +95,7 @@ class GuidedSpace:
         knobs: dict[str, BaseDistribution] = {
             "kept": FloatDistribution(min(max(self.ground.least_share, _LOWEST), 0.8 * top), top, log=True),
             "macs_share": FloatDistribution(0.0, 1.0),
-            "sensitivity": FloatDistribution(0.0, 1.5),
+            "sensitivity": FloatDistribution(0.75, 1.25),
         }
         knobs |= {f"depth_{i}": FloatDistribution(-2.0, 2.0) for i in range(self._groups - 1)}
         if len(self.ground.methods) > 1:
