@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-__all__ = ["DigitsNet", "split", "train"]
+__all__ = ["DigitsNet", "save", "split", "train"]
 
 Arrays = dict[str, np.ndarray]
 
