@@ -133,7 +133,9 @@ def _front(facts: Facts) -> str:
     metric = facts["budget"]["metric"]
     points = [(p["parameters"], p["value"], f"trial {p['number']}: {p['value']:.4f}") for p in front]
     own = next((p for p in points if p[2].startswith(f"trial {facts['trial']['number']}:")), None)
-    chart = scatter(points, x_title="parameters", y_title=metric, chosen=own)
+    before = facts["before"]
+    original = (before["parameters"], before["value"], f"original: {before['value']:.4f}")
+    chart = scatter([*points, original], x_title="parameters", y_title=metric, chosen=own)
     body = [[str(p["number"]), p["rung"], f"{p['value']:.4f}", f"{p['parameters']:,}", f"{p['macs']:,}"] for p in front]
     return "<h2>Front</h2>" + chart + _table(("trial", "rung", metric, "parameters", "MACs"), body)
 

@@ -66,8 +66,9 @@ export function bestChart(element, job, trials, cost) {
     { showlegend: false, xaxis: { title: { text: "trial" } }, yaxis: { title: { text: `${cost} within the budget` }, rangemode: "tozero" } });
 }
 
-/** Parameters of every layer before and after. */
-export function layersChart(element, layers) {
+/** Parameters of every layer that can change, before and after. */
+export function layersChart(element, all) {
+  const layers = all.filter((l) => l.compressible);
   const names = layers.map((l) => l.name);
   draw(element, [
     { type: "bar", name: "before", x: names, y: layers.map((l) => l.parameters), marker: { color: css("--line") } },
