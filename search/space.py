@@ -1,7 +1,7 @@
 """What may be chosen in a stage: a guided space (a few global knobs) and a full one (a knob a site).
 
 Both turn the sampler's parameters into a ``Plan`` and know their first points. Parameters that are not knobs of the
-space travel along untouched: ``start`` names a given first point, ``learning_rate_scale`` is read by the trial runner.
+space travel along untouched: ``start`` names a given first point, ``learning_rate_scale`` is read by training.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,16 +12,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from search.allocate import allocate, equal_rate
 from search.ground import Ground
-from search.spec import Cost, CurvePoint, JobSpec, Plan, SiteChoice, SitePlan
+from search.spec import LEARNING_RATE_SCALE, Cost, CurvePoint, JobSpec, Plan, SiteChoice, SitePlan
 from search.spec import Space as SpaceKind
 from search.vbmf import weakened
 
 __all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "space_for"]
 
 Params = dict[str, str | int | float | bool]
-
-LEARNING_RATE_SCALE = "learning_rate_scale"
-"""Multiplies ``FineTune.learning_rate`` in the trial that carries it."""
 
 _HIGHEST = 0.95
 _LOWEST = 0.02

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "LEARNING_RATE_SCALE",
     "AskedWork",
     "Augmentation",
     "Budget",
@@ -389,6 +390,10 @@ class Rung(StrEnum):
     """The same, then a short fine-tuning."""
     FULL = "full"
     """The whole recipe, checked on the verify split."""
+
+
+LEARNING_RATE_SCALE = "learning_rate_scale"
+"""A trial's own factor on the recipe's learning rate, among its parameters: the sampler sets it, training reads it."""
 
 
 class TrialState(StrEnum):

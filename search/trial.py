@@ -17,6 +17,7 @@ from search.export import save_weights
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
 from search.reconstruct import recalibrate_batch_norm, reconstruct
 from search.spec import (
+    LEARNING_RATE_SCALE,
     Cost,
     Costs,
     EpochRecord,
@@ -161,6 +162,8 @@ def _train(
     found: _Findings,
 ) -> None:
     recipe = bench.spec.fine_tune
+    scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
+    recipe = recipe.model_copy(update={"learning_rate": scale * recipe.learning_rate})
     epochs = {Rung.CHEAP: 0.0, Rung.SHORT: recipe.short_epochs, Rung.FULL: recipe.epochs}[work.rung]
     if epochs == 0:
         return

@@ -198,6 +198,16 @@ def test_the_same_work_gives_the_same_network(job: Opened, tmp_path: Path) -> No
     assert first == second
 
 
+def test_a_candidate_trains_at_its_own_learning_rate(job: Opened, tmp_path: Path) -> None:
+    def last_rate(**params: float) -> float:
+        mine = work(job.plan, Rung.SHORT).model_copy(update={"params": params})
+        out = tmp_path / str(len(params))
+        out.mkdir()
+        return job.session.trial(mine, job.profile, None, None, None, out).curve[-1].learning_rate
+
+    assert last_rate(learning_rate_scale=0.5) == pytest.approx(0.5 * last_rate())
+
+
 def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_path: Path) -> None:
     session = job.session
     result = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")
