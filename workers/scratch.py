@@ -32,16 +32,29 @@ class Scratch:
 
     def fetch(self, db: Database, blob_id: str) -> str:
         """The name of a file with the blob's content, written once."""
-        name = f"blobs/{blob_id}"
-        target = self.path / name
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            half = target.with_suffix(".half")
-            with half.open("wb") as out:
-                for chunk in blobs.read(db, blob_id):
-                    out.write(chunk)
-            half.rename(target)
-        return name
+        with self._blobs() as folder:
+            if not _is_file(blob_id, folder):
+                half = f"{blob_id}.half"
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(half, dir_fd=folder)
+                descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+                with os.fdopen(descriptor, "wb") as out:
+                    for chunk in blobs.read(db, blob_id):
+                        out.write(chunk)
+                os.rename(half, blob_id, src_dir_fd=folder, dst_dir_fd=folder)
+        return f"blobs/{blob_id}"
+
+    @contextlib.contextmanager
+    def _blobs(self) -> Iterator[int]:
+        """A descriptor of the folder of blobs. The child may write here too: a link is followed nowhere, for it would
+        lead our own writing out of the jail."""
+        with contextlib.suppress(FileExistsError):
+            (self.path / "blobs").mkdir()
+        folder = os.open(self.path / "blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
 
     def store(self, db: Database, name: str) -> str:
         """Keep a file that the child wrote as a blob, and return the blob's id."""
@@ -115,6 +128,13 @@ def _locked(path: Path) -> int:
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
+
+
+def _is_file(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:

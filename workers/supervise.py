@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 LONGEST_LINE = 64 * 2**20
+WAITING_LINES = 8
+"""Read ahead at most: a child that floods us waits at its own pipe."""
 KEPT_VARIABLES = {
     *("PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
@@ -68,7 +70,8 @@ class Child:
     ) -> None:
         self.scratch = scratch
         self.memory_bytes = memory_bytes
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.Queue[str | None] = queue.Queue(WAITING_LINES)
+        self._writer: threading.Thread | None = None
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
@@ -79,7 +82,10 @@ class Child:
             encoding="utf-8",
             start_new_session=True,
         )
-        threading.Thread(target=self._read, args=(self._process.stdout,), name="child-lines", daemon=True).start()
+        self._reader = threading.Thread(
+            target=self._read, args=(self._process.stdout,), name="child-lines", daemon=True
+        )
+        self._reader.start()
 
     @property
     def pid(self) -> int:
@@ -108,11 +114,12 @@ class Child:
         ``on``: what to do with messages on the way (``progress``, ``checkpoint``). ``stop`` is asked five times a
         second. Raises ``Failed`` (the child lives on), or ``Crashed`` and ``Stopped`` (it does not).
         """
-        try:
-            request = json.dumps({"op": operation, "arguments": arguments}, separators=(",", ":"))
-            print(request, file=self._process.stdin, flush=True)
-        except OSError:
-            raise self._crashed() from None
+        if self._writer is not None and self._writer.is_alive():
+            raise self._crashed()  # it answered before it had listened
+        request = json.dumps({"op": operation, "arguments": arguments}, separators=(",", ":"))
+        # On a thread, for a child that does not listen would keep us here, where nothing asks ``stop``.
+        self._writer = threading.Thread(target=self._write, args=(request,), name="child-request", daemon=True)
+        self._writer.start()
         return self._answer("result", on or {}, stop, timeout_s, operation)
 
     def kill(self) -> None:
@@ -126,7 +133,10 @@ class Child:
 
     def close(self) -> None:
         """Close its pipe, which ends it; kill it if it does not."""
-        if self._process.stdin is not None:
+        if self._writer is not None and self._writer.is_alive():
+            self.kill()
+            self._writer.join(2)
+        if self._process.stdin is not None and (self._writer is None or not self._writer.is_alive()):
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         try:
@@ -134,6 +144,22 @@ class Child:
         except subprocess.TimeoutExpired:
             self.kill()
             self._process.wait()
+        self._let_reader_end()
+
+    def _let_reader_end(self) -> None:
+        """It may wait for room."""
+        deadline = time.monotonic() + 2
+        while self._reader.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._lines.get(timeout=0.02)
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+
+    def _write(self, request: str) -> None:
+        try:
+            print(request, file=self._process.stdin, flush=True)
+        except (OSError, ValueError):
+            self._lines.put(None)
 
     def _read(self, stream: IO[str]) -> None:
         try:
@@ -234,6 +260,9 @@ def _environment(scratch: Path) -> dict[str, str]:
         "HOME": str(scratch),
         "TMPDIR": str(temporary),
         "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        # The clean process starts in a folder that the compute process wrote to: nothing is imported from there.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONFAULTHANDLER": "1",

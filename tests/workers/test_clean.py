@@ -105,3 +105,17 @@ for name in ("tenfold", "search", "search.spec", "workers.jail", "db"):
 
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("planted", ["workers/__init__.py", "argparse.py", "usercustomize.py"])
+def test_nothing_that_the_compute_process_left_is_imported_before_the_jail_is_closed(scratch, planted):
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for folder in (scratch.path, scratch.path / ".local" / "lib" / version / "site-packages"):
+        target = folder / planted
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"open({str(scratch.path / 'escaped')!r}, 'w')")
+    command = [sys.executable, "-m", "workers.clean", "--scratch", str(scratch.path), "--jail", "off"]
+    child = Child(command, scratch.path)
+    child.ready()
+    child.close()
+    assert not (scratch.path / "escaped").exists()

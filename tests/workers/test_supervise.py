@@ -135,3 +135,30 @@ def test_a_command_that_cannot_start_is_a_crash(tmp_path: Path):
     child = Child([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
     with pytest.raises(Crashed, match="exit status 3"):
         child.ready()
+
+
+def scripted(tmp_path: Path, script: str) -> Child:
+    """A child that keeps to no protocol but says that it is ready."""
+    child = Child([sys.executable, "-c", f"print('{{\"ready\": {{}}}}', flush=True)\n{script}"], tmp_path)
+    child.ready()
+    return child
+
+
+def test_a_child_that_does_not_listen_is_stopped_all_the_same(tmp_path: Path):
+    child = scripted(tmp_path, "import time; time.sleep(60)")
+    end = time.monotonic() + 1
+    with pytest.raises(Stopped):
+        child.call("echo", {"more than a pipe holds": "x" * 2**20}, stop=lambda: time.monotonic() > end)
+    assert not child.alive
+    assert time.monotonic() < end + 10
+
+
+def test_a_child_that_floods_its_worker_waits_at_its_own_pipe(tmp_path: Path):
+    script = "import pathlib\nfor i in range(10**6): print('x' * 2**16); pathlib.Path('lines').write_text(str(i))"
+    child = scripted(tmp_path, script)
+    time.sleep(1)
+    written = int((tmp_path / "lines").read_text())
+    time.sleep(0.5)
+    assert int((tmp_path / "lines").read_text()) == written < 100
+    child.close()
+    assert not child.alive
