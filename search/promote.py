@@ -4,7 +4,7 @@ A third of the cheap candidates may go on. Among those waiting, the one goes fir
 times the hypervolume it would add to the confirmed ones is largest; it does not have to wait for the rung to fill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from search.front import improvement, is_cheaper, measured, ratios
 from search.predict import Prediction, Predictor
@@ -27,12 +27,19 @@ def has_short_rung(spec: JobSpec) -> bool:
 
 
 def next_promotions(
-    spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], k: int, *, complete: bool
+    spec: JobSpec,
+    profile: Profile,
+    history: Sequence[TrialRecord],
+    k: int,
+    *,
+    complete: bool,
+    refined: Collection[int] = (),
 ) -> list[TrialWork]:
     """Up to ``k`` candidates of ``profile``'s stage to fine-tune for a short while.
 
     ``complete``: no new candidate will come, so the quota is rounded up, and goes up to half of the candidates while
-    none is confirmed to keep the budget.
+    none is confirmed to keep the budget. ``refined``: numbers that had the whole recipe already, maybe from the cheap
+    rung directly; they must not fall back to a lower one when an extended job has places for more promotions.
     """
     if not has_short_rung(spec) or k <= 0:
         return []
@@ -46,7 +53,8 @@ def next_promotions(
         quota = max(-(-len(cheap) // _KEEP), min(3, len(cheap)))
         if not confirmed:
             quota = max(quota, len(cheap) // 2)
-    waiting = [r for r in cheap if r.rung is Rung.CHEAP and r.state is TrialState.DONE and _wins(spec, profile, r)]
+    waiting = [r for r in cheap if r.rung is Rung.CHEAP and r.state is TrialState.DONE and r.number not in refined]
+    waiting = [r for r in waiting if _wins(spec, profile, r)]
     works: list[TrialWork] = []
     for _ in range(min(k, quota - promoted)):
         record = _best(spec, profile, waiting, confirmed, predictor)

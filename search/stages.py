@@ -62,7 +62,8 @@ def next_work(
         return [] if running else [_nothing_to_compress(spec, ordered[0])]
     parent = _parent(spec, ordered[-2], seen) if len(ordered) > 1 else None
     onward = _next_stage(spec, profile, seen, elapsed_hours, failed_profiles)
-    works = _search(spec, profile, seen, k, elapsed_hours, parent, onward is not None)
+    refined = {record.number for record in history if record.rung is Rung.FULL}
+    works = _search(spec, profile, seen, k, elapsed_hours, parent, onward is not None, refined)
     if works:
         return list(works)
     if any(r.state in _LIVE and r.rung is not Rung.FULL for r in history):
@@ -87,17 +88,18 @@ def _search(
     elapsed_hours: float,
     parent: int | None,
     goes_on: bool,
+    refined: Collection[int],
 ) -> list[TrialWork]:
     """Promotions first, for they teach what the budget allows; then new candidates for the places left."""
     left = _quota(spec, profile.stage, history, goes_on) - sum(r.stage == profile.stage for r in history)
     asking = left > 0 and reason_to_stop(spec, profile, history, elapsed_hours) is None
     if not asking and out_of_time(spec, elapsed_hours):
         return []
-    works = next_promotions(spec, profile, history, k, complete=not asking)
+    works = next_promotions(spec, profile, history, k, complete=not asking, refined=refined)
     if asking:
         works += next_trials(spec, profile, history, min(k - len(works), left), parent=parent)
         if not works:  # the space is exhausted
-            works = next_promotions(spec, profile, history, k, complete=True)
+            works = next_promotions(spec, profile, history, k, complete=True, refined=refined)
     return works
 
 

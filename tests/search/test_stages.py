@@ -203,6 +203,18 @@ def test_an_extended_job_tries_more_and_ends_again() -> None:
     assert len(life.records) > first + 5
 
 
+@pytest.mark.parametrize("seed", [0, 11])
+def test_an_extension_takes_no_refined_network_back_to_a_lower_rung(seed: int) -> None:
+    surface = small(seed, max_drop=0.02)
+    life = live(job(8, max_drop=0.02), surface, seed=seed)
+    refined = [r.number for r in life.records if Rung.FULL in r.results]
+    assert any(Rung.SHORT not in life.history[number].results for number in refined)
+    life.finished.clear()
+    live(job(60, max_drop=0.02), surface, life=life, seed=seed + 1)
+    assert all(life.history[number].rung is Rung.FULL for number in refined)
+    assert ended(life).ok
+
+
 def test_more_of_nothing_new_stops_when_the_space_is_exhausted() -> None:
     surface = Surface(0, blocks=1)
     spec = job(500, epochs=0.0, max_drop=0.5).model_copy(
