@@ -25,8 +25,8 @@ INSPECTIONS = (TaskKind.INSPECT_MODEL, TaskKind.INSPECT_DATA)
 
 def fail(s: Session, task_id: str, attempt: int, code: str, message: str, *, retry: bool) -> bool:
     """Ends an attempt. With ``retry`` the task waits for the next one while it has attempts left; else it has failed:
-    an inspection rejects its model or data (and the jobs that wait for it), a profile or an export fails the job, a
-    trial or a refinement fails alone. False: fenced out.
+    an inspection rejects its model or data (and the jobs that wait for it), the first profile or an export fails the
+    job, a trial, a refinement or the profile of a later stage fails alone. False: fenced out.
 
     In a job that is being cancelled, every failure is the cancellation.
     """
@@ -104,7 +104,7 @@ def _give_up(s: Session, task: Task, job: Job | None, code: str, message: str, a
     if trial is not None:
         trial.state, trial.error, trial.finished_at = TrialState.FAILED, plain(message), at
         tell(s, job, "trial", f"{_named(task)} failed: {message}", at, trial=trial.number, code=code)
-    elif job.state in TERMINAL_JOBS:
+    elif job.state in TERMINAL_JOBS or (task.kind is TaskKind.PROFILE and task.work["stage"] > 0):
         tell(s, job, "note", f"{_named(task)} failed: {message}", at, trial=task.trial, code=code)
     else:
         close_job(s, job, JobState.FAILED, code, message, at)

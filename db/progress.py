@@ -60,6 +60,8 @@ class Snapshot:
     """Tasks queued or running."""
     exported: tuple[int, ...]
     """Numbers of the trials that have artifacts."""
+    failed_profiles: tuple[int, ...]
+    """Later stages whose profile was given up."""
     elapsed_hours: float
     """Time at work; pauses and the time between the end and an extension do not count."""
 
@@ -99,8 +101,18 @@ def advance_snapshot(s: Session, job_id: str) -> Snapshot | None:
         exported=tuple(
             s.scalars(select(Artifact.trial).where(Artifact.job_id == job_id).distinct().order_by(Artifact.trial))
         ),
+        failed_profiles=_failed_profiles(s, job_id),
         elapsed_hours=(job.spent_seconds + active) / 3600,
     )
+
+
+def _failed_profiles(s: Session, job_id: str) -> tuple[int, ...]:
+    """Of the stages after the first, whose failure ended the job."""
+    given_up = select(Task.work).where(
+        Task.job_id == job_id, Task.kind == TaskKind.PROFILE, Task.state == TaskState.FAILED
+    )
+    stages = {ProfileWork.model_validate(work).stage for work in s.scalars(given_up)}
+    return tuple(sorted(stages - {0}))
 
 
 def ready_to_advance(s: Session, *, stalled: bool = False) -> list[str]:

@@ -55,6 +55,7 @@ def _next(snapshot: jobs.Snapshot) -> list[AskedWork]:
             k=snapshot.free,
             elapsed_hours=snapshot.elapsed_hours,
             exported=snapshot.exported,
+            failed_profiles=snapshot.failed_profiles,
         )
     except TenfoldError as error:
         return [Finished(ok=False, code=error.code, reason=error.message)]

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import select
 
 from db import assignments, blobs, events, jobs, models, tasks
-from db.tables import AssetState, JobState, Task, TaskKind, TaskState
+from db.tables import TERMINAL_JOBS, AssetState, JobState, Task, TaskKind, TaskState
 from search.spec import Finished, ProfileWork, RefineWork, Rung, TrialState
 
 
@@ -140,6 +140,19 @@ def test_a_failed_profile_fails_the_job_with_its_reason(house):
     assert (job.state, job.reason_code) == (JobState.FAILED, "baseline_off")
     assert "0.11" in job.reason
     assert job.finished_at is not None
+
+
+def test_a_failed_profile_of_a_later_stage_leaves_the_job_with_what_it_has(house):
+    job_id = house.searching_job(trials=1)
+    house.run_trial(job_id, house.result(), b"weights")
+    house.apply(job_id, [ProfileWork(stage=1, parent=0)])
+    task = house.claim()
+    with house.db.begin() as s:
+        tasks.fail(s, task.id, 1, "out_of_memory", "ran out of memory", retry=False)
+    assert house.job(job_id).state not in TERMINAL_JOBS
+    with house.db.read() as s:
+        seen = jobs.advance_snapshot(s, job_id)
+    assert (seen.failed_profiles, seen.running) == ((1,), 0)
 
 
 def test_a_failed_refinement_fails_its_trial_only(house):
