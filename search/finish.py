@@ -15,6 +15,7 @@ from search.spec import (
     ExportWork,
     Finished,
     JobSpec,
+    Metric,
     Outcome,
     Profile,
     RefineWork,
@@ -85,6 +86,7 @@ class _Candidate:
 class _View:
     def __init__(self, spec: JobSpec, profile: Profile, history: Sequence[TrialRecord]) -> None:
         self.spec, self.profile, self.history = spec, profile, history
+        self.allowed = _allowed(spec, profile)
         predictor = Predictor(spec, profile, history)
         self.checked = [r for r in history if r.rung is Rung.FULL and (r.state is not TrialState.CANCELLED)]
         self.candidates: list[_Candidate] = []
@@ -128,11 +130,11 @@ class _View:
 
     def _limit(self) -> float:
         """The predicted drop that a candidate may have: the budget, less what earlier checks fell short by."""
-        limit = self.profile.max_drop
+        limit = min(self.profile.max_drop, self.allowed)
         for record in self.failed:
             full = record.results.get(Rung.FULL)
             if full is not None and full.drop is not None:
-                limit = min(limit, full.drop - max(_shortfall(self.spec, self.profile, full), 0.0))
+                limit = min(limit, full.drop - max(_shortfall(self.spec, self.allowed, full), 0.0))
         return limit
 
     def _expected(self, record: TrialRecord) -> float:
@@ -168,7 +170,7 @@ class _View:
         return Finished(
             ok=True,
             code="kept_budget",
-            reason=f"Trial {best.number} keeps the budget: {_verified(full, self.profile)} and keeps {smaller} "
+            reason=f"Trial {best.number} keeps the budget: {_verified(full, self.allowed)} and keeps {smaller} "
             f"of the original's ({full.costs.parameters:,} of {dense.parameters:,} parameters)."
             + (f" {self._failures()}" if self.failed else ""),
             best=best.number,
@@ -199,26 +201,36 @@ class _View:
             elif full.keeps_budget:
                 said.append(f"trial {record.number} kept the budget but measured no smaller than the original")
             else:
-                said.append(f"trial {record.number} fell short: {_verified(full, self.profile)}")
+                said.append(f"trial {record.number} fell short: {_verified(full, self.allowed)}")
         return "Checked and not taken: " + "; ".join(said) + "."
 
 
-def _shortfall(spec: JobSpec, profile: Profile, full: TrialResult) -> float:
+def _allowed(spec: JobSpec, profile: Profile) -> float:
+    """The drop that the check allows: a ``min_value`` is another drop on the verify split than on the select split."""
+    wanted, original = spec.budget.min_value, profile.verify_value
+    if wanted is None:
+        return profile.max_drop
+    if profile.metric is Metric.MSE:
+        return wanted / original - 1 if original > 0 else 0.0
+    return wanted - original if profile.metric is Metric.OUTPUT_ERROR else original - wanted
+
+
+def _shortfall(spec: JobSpec, allowed: float, full: TrialResult) -> float:
     """How far a failed check was over the budget, by the figure that decides."""
     if spec.budget.confidence is not None and full.verify_interval is not None:
-        return full.verify_interval.high - profile.max_drop
-    return (full.verify_drop or 0.0) - profile.max_drop
+        return full.verify_interval.high - allowed
+    return (full.verify_drop or 0.0) - allowed
 
 
 def _share(full: TrialResult, profile: Profile, cost: Cost) -> str:
     return f"{100 * kept(full.costs, profile.costs, cost):.1f} %"
 
 
-def _verified(full: TrialResult, profile: Profile) -> str:
+def _verified(full: TrialResult, allowed: float) -> str:
     interval = full.verify_interval
     within = f" (95 % between {interval.low:.4f} and {interval.high:.4f})" if interval is not None else ""
     drop = "an unknown drop" if full.verify_drop is None else f"a drop of {full.verify_drop:.4f}{within}"
-    return f"it verified with {drop} where {profile.max_drop:.4f} is allowed"
+    return f"it verified with {drop} where {allowed:.4f} is allowed"
 
 
 def _nothing_to_check(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord]) -> Finished:

@@ -15,6 +15,7 @@ from search.spec import (
     Finished,
     JobSpec,
     Layers,
+    Metric,
     Outcome,
     Profile,
     ProfileWork,
@@ -307,6 +308,37 @@ def test_a_confidence_makes_the_check_stricter() -> None:
         best = b.history[b.finished[0].best or 0].results[Rung.FULL]
         assert best.verify_interval is not None
         assert best.verify_interval.high <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("metric", "select", "verify", "wanted", "allowed"),
+    [
+        (Metric.ACCURACY, 0.917, 0.905, 0.895, 0.01),
+        (Metric.MSE, 2.0, 2.2, 2.222, 0.01),
+        (Metric.OUTPUT_ERROR, 0.0, 0.0, 0.01, 0.01),
+    ],
+)
+def test_a_value_to_keep_is_another_drop_on_the_verify_split(
+    metric: Metric, select: float, verify: float, wanted: float, allowed: float
+) -> None:
+    surface = small(max_drop=0.022)
+    spec = job().model_copy(update={"budget": Budget(metric=metric, min_value=wanted)})
+    profile, result = surface.profile, surface.result
+
+    def profiled(stage: int) -> Profile:
+        return profile(stage).model_copy(update={"metric": metric, "value": select, "verify_value": verify})
+
+    def checked(spec, plan, rung, params):  # type: ignore[no-untyped-def]
+        found = result(spec, plan, rung, params)
+        keeps = None if found.verify_drop is None else found.verify_drop <= allowed
+        return found.model_copy(update={"keeps_budget": keeps})
+
+    surface.profile, surface.result = profiled, checked  # type: ignore[method-assign]
+    life = live(spec, surface)
+    assert ended(life).ok
+    assert f"where {allowed:.4f} is allowed" in ended(life).reason
+    refined = [w.number for w in life.asked if isinstance(w, RefineWork)]
+    assert max(life.history[n].results[Rung.FULL].verify_drop or 0.0 for n in refined) < 0.015
 
 
 def test_costs_of_the_original_are_what_shares_refer_to() -> None:
