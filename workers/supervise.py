@@ -7,6 +7,7 @@ without following links, and what it returns is checked against the vocabulary b
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -215,7 +216,7 @@ class Child:
         if line is None:
             raise self._crashed()
         try:
-            message = json.loads(line)
+            message = json.loads(line, parse_float=_finite, parse_constant=_finite)
         except ValueError:
             message = None
         if not isinstance(message, dict):
@@ -244,6 +245,14 @@ class Child:
                 f"{what} used {used / 2**20:.0f} MiB of the {self.memory_bytes / 2**20:.0f} MiB allowed: lower "
                 "batch_size or calibration_samples, or raise TENFOLD_MEMORY_LIMIT on the worker",
             )
+
+
+def _finite(text: str) -> float:
+    """A number that can be stored and sent on: neither database nor API takes others. Ours send null instead."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def _how(code: int | None) -> str:

@@ -2,7 +2,9 @@
 what is declared is bounded before it is read.
 """
 
+import errno
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -13,7 +15,7 @@ from typing import IO
 
 from search.errors import BadData
 
-__all__ = ["is_tar", "list_files", "read_files"]
+__all__ = ["damage", "is_tar", "list_files", "read_files"]
 
 MAX_FILES = 5_000_000
 MAX_FILE_BYTES = 2 << 30
@@ -31,7 +33,7 @@ def is_tar(path: Path) -> bool:
     try:
         with tarfile.open(path, "r|*") as archive:
             return archive.next() is not None
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError):
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, TypeError):  # TypeError: gzip cut short
         return False
 
 
@@ -43,7 +45,7 @@ def list_files(path: Path) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
     total, most = 0, path.stat().st_size * MAX_RATIO + RATIO_ALLOWANCE
-    with _damage(path):
+    with damage("the archive"):
         for name, size in _members(path):
             total += size
             if size > MAX_FILE_BYTES or total > most or len(names) > MAX_FILES:
@@ -59,11 +61,11 @@ def list_files(path: Path) -> list[str]:
 
 def read_files(path: Path, keep: Keep) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files that ``keep`` wants, in the archive's order, one in memory at a time."""
-    with _damage(path):
+    with damage("the archive"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 for member in archive.infolist():
-                    if not member.is_dir() and keep(member.filename):
+                    if not member.filename.endswith("/") and keep(member.filename):
                         with archive.open(member) as stream:
                             yield member.filename, _bounded(stream, member.file_size)
         else:
@@ -78,7 +80,7 @@ def _members(path: Path) -> Iterator[tuple[str, int]]:
             for member in archive.infolist():
                 if member.flag_bits & 1:
                     raise BadData("unsafe_archive", f"{member.filename[:80]!r} is encrypted; pack it without password.")
-                if not member.is_dir():
+                if not member.filename.endswith("/"):  # is_dir fails on an empty name
                     yield member.filename, member.file_size
     else:
         for entry, _ in _tar_members(path):
@@ -105,7 +107,7 @@ def _bounded(stream: IO[bytes], size: int) -> bytes:
 def _clean(name: str, seen: set[str]) -> bool:
     """Whether a file counts; raises BadData when its name is none that an honest archive holds."""
     path = PurePosixPath(name)
-    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or len(name) > MAX_NAME:
+    if not name or "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or len(name) > MAX_NAME:
         raise BadData(
             "unsafe_archive", f"the archive holds a file named {name[:80]!r}; pack it with plain relative names."
         )
@@ -116,7 +118,11 @@ def _clean(name: str, seen: set[str]) -> bool:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage(what: str) -> Iterator[None]:
+    """Turns what zipfile, tarfile and the decompressors raise on a damaged file into BadData; a full disk passes.
+
+    Of OSError, those without a number come from a decompressor, and EINVAL from an offset before the file's begin.
+    """
     try:
         yield
     except (
@@ -124,9 +130,13 @@ def _damage(path: Path) -> Iterator[None]:
         tarfile.TarError,
         zlib.error,
         lzma.LZMAError,
+        struct.error,
         EOFError,
-        OSError,
+        UnicodeDecodeError,
         NotImplementedError,
         RuntimeError,
+        OSError,
     ) as error:
-        raise BadData("not_a_data_file", f"the archive is damaged ({error}); pack and upload it again.") from error
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise BadData("not_a_data_file", f"{what} is damaged ({error}); pack and upload it again.") from error

@@ -7,7 +7,6 @@ import math
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Annotated
@@ -15,6 +14,7 @@ from typing import IO, Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from search.data.archives import damage
 from search.data.raw import Array, Raw, Rows
 from search.data.safety import check_room
 from search.errors import BadData
@@ -49,20 +49,15 @@ def read_npz(path: Path, columns: Mapping[str, str], scratch: Path) -> Raw:
     Raises BadData for an object array, a damaged member, or names that are not ours (``columns`` renames them).
     """
     arrays: dict[str, Array] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len(members) > MAX_ARRAYS:
-                raise BadData("archive_too_large", f"the .npz holds {len(members)} arrays; at most {MAX_ARRAYS} fit.")
-            for number, member in enumerate(members):
-                name = member.filename.removesuffix(".npy")
-                if name in arrays:
-                    raise BadData("unsafe_archive", f"the .npz holds {name!r} twice; write it again with numpy.savez.")
-                arrays[name] = _npz_member(path, archive, member, scratch / f"array{number}.npy")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise BadData(
-            "not_a_data_file", f"the .npz cannot be read ({error}); write it again with numpy.savez."
-        ) from error
+    with damage("the .npz"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > MAX_ARRAYS:
+            raise BadData("archive_too_large", f"the .npz holds {len(members)} arrays; at most {MAX_ARRAYS} fit.")
+        for number, member in enumerate(members):
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise BadData("unsafe_archive", f"the .npz holds {name!r} twice; write it again with numpy.savez.")
+            arrays[name] = _npz_member(path, archive, member, scratch / f"array{number}.npy")
     return _by_role("npz", arrays, columns)
 
 

@@ -162,3 +162,11 @@ def test_a_child_that_floods_its_worker_waits_at_its_own_pipe(tmp_path: Path):
     assert int((tmp_path / "lines").read_text()) == written < 100
     child.close()
     assert not child.alive
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_no_answer_of_the_api_could_hold_is_no_message(tmp_path: Path, number: str):
+    child = scripted(tmp_path, f'print(\'{{"progress": {{"done": {number}}}}}\', flush=True); input(); input()')
+    with pytest.raises(Crashed, match="not a message"):
+        child.call("echo", {}, on={"progress": lambda value: pytest.fail(str(value))})
+    assert not child.alive

@@ -130,6 +130,17 @@ def test_names_that_climb_are_refused(read: Read, tmp_path: Path, pack: Any, nam
     assert code(read, pack(tmp_path / "d", folders() | {name: encoded(1)})) == "unsafe_archive"
 
 
+def test_a_file_without_a_name_and_a_gzip_that_ends_in_its_header_are_refused(read: Read, tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "d.zip", folders() | {"x": encoded(1)})
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 28] = 0  # the length of the name
+    path.write_bytes(content)
+    assert code(read, path) in ("unsafe_archive", "not_a_data_file")
+    path.write_bytes(b"\x1f\x8b\x08")
+    assert code(read, path) == "not_a_data_file"
+
+
 def test_links_and_devices_in_a_tar_are_passed_over(read: Read, tmp_path: Path) -> None:
     path = as_tar(tmp_path / "d.tar", folders(each=10), "w")
     with tarfile.open(path, "a") as archive:
