@@ -21,7 +21,7 @@ from search.errors import BadRequest
 from search.norms import NORMS, affine, blend, recalibrate_batch_norm, typed
 from search.spec import Plan, SitePlan
 from search.surgery import replace
-from search.targets import Options, Target, dense_weight, last_link
+from search.targets import Options, Target, bias_of, dense_weight
 
 __all__ = ["Options", "fit_alone", "recalibrate_batch_norm", "reconstruct"]
 
@@ -278,8 +278,8 @@ def _correct_mean(module: nn.Module, statistics: Statistics, takes_mean: bool) -
     groups, _, n = statistics.second.shape
     rows = weight.double().reshape(groups, -1, n)
     mean = statistics.mean_output - torch.einsum("gon,gn->go", rows, statistics.mean_input).flatten()
-    bias = last_link(module).bias
-    if isinstance(bias, Tensor):
+    bias = bias_of(module)
+    if bias is not None:
         bias.copy_(mean)
         return None
     return mean.to(weight.dtype)

@@ -24,7 +24,7 @@ from search.chains import Chain
 from search.norms import affine, typed
 from tenfold.layers import FactorizedLayer
 
-__all__ = ["Options", "Target", "dense_weight", "last_link"]
+__all__ = ["Options", "Target", "bias_of", "dense_weight"]
 
 KEEP_BYTES = 1 << 30
 """im2col rows of one layer are kept between its refits up to here; beyond, they are made again."""
@@ -144,7 +144,7 @@ class Target:
         """The fitted layer's outputs at the rows ``x``: (rows, out)."""
         weight = dense_weight(module).reshape(len(x), -1, x.shape[2])
         y = (x @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
-        bias = last_link(module).bias if self.shift is None else self.shift
+        bias = bias_of(module) if self.shift is None else self.shift
         return y + bias if isinstance(bias, Tensor) else y
 
     def settle(self) -> str | None:
@@ -170,6 +170,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     return module.dense_weight().detach() if isinstance(module, FactorizedLayer) else weight_of(module).detach()
 
 
-def last_link(module: nn.Module) -> nn.Module:
-    """The link that carries the bias."""
-    return module.get_submodule("last") if isinstance(module, FactorizedLayer) else module
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a layer, factorized or not."""
+    bias = module.output_bias if isinstance(module, FactorizedLayer) else module.bias
+    return bias if isinstance(bias, Tensor) else None

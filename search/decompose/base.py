@@ -205,8 +205,8 @@ def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedL
         for name, value in links.items():
             weight = weight_of(new.get_submodule(name))
             weight.copy_(value.reshape(weight.shape))
-        if isinstance(layer.bias, Tensor):
-            new.last.bias.copy_(layer.bias)  # type: ignore[operator,union-attr]
+        if new.output_bias is not None and isinstance(layer.bias, Tensor):
+            new.output_bias.copy_(layer.bias)
     new.train(layer.training)
     return new
 

@@ -1,5 +1,6 @@
 """Real hostile files, each with a harmless marker: refused, or rendered harmless; never run, no crash, no hang."""
 
+import copy
 import io
 import json
 import pickle
@@ -541,7 +542,7 @@ def test_shuffled_json_is_refused_or_harmless(honest: Path, forge: Any, tmp_path
                     break
                 key = rng.choice(list(keys))
                 if not isinstance(at[key], dict | list) or rng.random() < 0.08:
-                    at[key] = rng.choice(values)
+                    at[key] = copy.deepcopy(rng.choice(values))
                     break
                 at = at[key]
 

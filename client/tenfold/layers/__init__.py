@@ -1,0 +1,46 @@
+"""The factorized layers: plain modules that train, export and load like any other. Each stands for one dense layer
+exactly. Where a method takes both Linear and convolutions, it has a class for each.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .base import FactorizedLayer
+from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+
+__all__ = [
+    "LAYERS",
+    "FactorizedLayer",
+    "InputLowRankConv",
+    "LowRankConv",
+    "LowRankLinear",
+    "SpatialSVDConv2d",
+    "Tucker2Conv",
+    "factorized_like",
+]
+
+LAYERS: tuple[type[FactorizedLayer], ...] = (
+    LowRankLinear,
+    LowRankConv,
+    InputLowRankConv,
+    SpatialSVDConv2d,
+    Tucker2Conv,
+)
+
+
+def factorized_like(layer: nn.Module, method: str, ranks: Sequence[int]) -> FactorizedLayer:
+    """An untrained factorized layer for a dense ``layer``.
+
+    Raises:
+        ValueError: the method is unknown, or does not replace this kind of layer with these ranks.
+    """
+    known = [c for c in LAYERS if c.method == method]
+    if not known:
+        methods = sorted({c.method for c in LAYERS})
+        raise ValueError(f"unknown method {method!r}: this version of tenfold knows {methods}")
+    for kind in known:
+        if isinstance(layer, kind.replaces):
+            return kind.like(layer, ranks)
+    kinds = sorted(t.__name__ for c in known for t in c.replaces)
+    raise ValueError(f"{method} replaces {', '.join(kinds)}, got {type(layer).__name__}")

@@ -1,0 +1,176 @@
+"""What every factorized layer is, and what the convolutional ones share."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CONVS", "Conv", "ConvChain", "FactorizedLayer", "PaddingMode", "fill_dense"]
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class FactorizedLayer(nn.Module):
+    """One dense layer as a chain of smaller ones.
+
+    ``ranks`` are the sizes between the links (per group). Factors start as torch initialises the links; a
+    decomposition or a checkpoint fills them.
+    """
+
+    method: ClassVar[str]
+    replaces: ClassVar[tuple[type[nn.Module], ...]]
+    """The dense layers that it can stand for."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__()
+        if any(r < 1 for r in ranks):
+            raise ValueError(f"{type(self).__name__} needs ranks of at least 1, got {tuple(ranks)}")
+        self.ranks = tuple(int(r) for r in ranks)
+
+    @classmethod
+    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "FactorizedLayer":
+        """An untrained factorized layer with the geometry, dtype and device of a dense ``layer``."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight that the chain stands for, in the dense layer's own shape."""
+        raise NotImplementedError
+
+    def dense(self) -> nn.Module:
+        """A new dense layer that computes the same function."""
+        raise NotImplementedError
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias, (out,), which is the dense layer's own; None where that has none."""
+        bias = self.get_submodule("last").bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def plan(self) -> tuple[str, tuple[int, ...]]:
+        """``(method, ranks)``, as a plan's JSON names them."""
+        return self.method, self.ranks
+
+    def extra_repr(self) -> str:
+        return f"method={self.method}, ranks={self.ranks}"
+
+
+class ConvChain(FactorizedLayer):
+    """What the convolutional chains share: the dense layer's geometry, kept as plain Python values."""
+
+    replaces = CONVS
+    count: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        stride: Sequence[int] | int = 1,
+        padding: Sequence[int] | int | str = 0,
+        dilation: Sequence[int] | int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ranks)
+        if len(self.ranks) != self.count:
+            raise ValueError(f"{type(self).__name__} takes {self.count} ranks, got {self.ranks}")
+        self.kernel_size = tuple(kernel_size)
+        d = len(self.kernel_size)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.stride, self.dilation = _spread(stride, d), _spread(dilation, d)
+        self.padding = padding if isinstance(padding, str) else _spread(padding, d)
+        self.padding_mode = padding_mode
+        self._make = {"device": device, "dtype": dtype}
+        self._build(bias)
+        del self._make
+
+    def _build(self, bias: bool) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "ConvChain":
+        if not isinstance(layer, CONVS):
+            raise ValueError(f"{cls.method} replaces a convolution, got {type(layer).__name__}")
+        return cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            ranks,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
+
+    def _link(self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False) -> Conv:
+        """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only."""
+        d = len(self.kernel_size)
+        on = range(0) if axes is None else axes
+
+        def pick(values: Sequence[int], off: int) -> tuple[int, ...]:
+            return tuple(values[a] if a in on else off for a in range(d))
+
+        padding: Any = pick(self.padding, 0) if not isinstance(self.padding, str) else self.padding
+        return CONVS[d - 1](
+            c_in,
+            c_out,
+            pick(self.kernel_size, 1),  # type: ignore[arg-type]
+            stride=pick(self.stride, 1),  # type: ignore[arg-type]
+            padding=padding,
+            dilation=pick(self.dilation, 1),  # type: ignore[arg-type]
+            groups=self.groups,
+            bias=bias,
+            # A pointwise link pads nothing; zeros keeps it on the fast path.
+            padding_mode=self.padding_mode if len(on) else "zeros",
+            **self._make,
+        )
+
+    def dense(self) -> Conv:
+        w = self.dense_weight()
+        bias = self.output_bias
+        layer = CONVS[len(self.kernel_size) - 1](
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=self.padding,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            bias=bias is not None,
+            padding_mode=self.padding_mode,
+            device=w.device,
+            dtype=w.dtype,
+        )
+        fill_dense(layer, w, bias)
+        return layer
+
+    def _per_group(self, weight: Tensor) -> Tensor:
+        """``(groups, out / groups, in / groups, *kernel)``."""
+        return weight.reshape(self.groups, -1, *weight.shape[1:])
+
+    first: Conv
+    last: Conv
+
+
+def _spread(value: Sequence[int] | int, dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+def fill_dense(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Copy a dense layer's weight and bias into it."""
+    with torch.no_grad():
+        layer.weight.copy_(weight)  # type: ignore[operator,union-attr]
+        if bias is not None:
+            layer.bias.copy_(bias)  # type: ignore[operator,union-attr]

@@ -1,0 +1,145 @@
+"""Chains of two or three of torch's own layers, nothing between the links::
+
+    LowRankLinear        first (in -> r)            last (r -> out, bias)
+    LowRankConv          first k x k (in -> r)      last 1 x 1 (r -> out, bias)
+    InputLowRankConv     first 1 x 1 (in -> r)      last k x k (r -> out, bias)
+    SpatialSVDConv2d     first k x 1 (in -> r)      last 1 x k (r -> out, bias)
+    Tucker2Conv          first 1 x 1 (in -> r1)     core k x k (r1 -> r2)     last 1 x 1 (r2 -> out, bias)
+
+Only the k x k link (or the two one-dimensional links, each along its own axis) carries stride, padding and dilation.
+With groups, every link has the same number of groups and ranks count *per group*.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import ConvChain, FactorizedLayer, fill_dense
+
+__all__ = ["InputLowRankConv", "LowRankConv", "LowRankLinear", "SpatialSVDConv2d", "Tucker2Conv"]
+
+
+class LowRankLinear(FactorizedLayer):
+    """``Linear(in, out)`` as ``in -> rank -> out``."""
+
+    method = "svd"
+    replaces = (nn.Linear,)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((rank,))
+        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.last = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "LowRankLinear":
+        if not isinstance(layer, nn.Linear) or len(ranks) != 1:
+            raise ValueError(f"svd of a Linear takes one rank, got {type(layer).__name__} and ranks {tuple(ranks)}")
+        w = layer.weight
+        return cls(layer.in_features, layer.out_features, ranks[0], layer.bias is not None, w.device, w.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        return self.last.weight @ self.first.weight
+
+    def dense(self) -> nn.Linear:
+        w = self.dense_weight()
+        layer = nn.Linear(w.shape[1], w.shape[0], self.last.bias is not None, w.device, w.dtype)
+        fill_dense(layer, w, self.last.bias)
+        return layer
+
+
+class LowRankConv(ConvChain):
+    """A k x k convolution to ``rank`` channels (per group), then a 1 x 1 back: the matrix ``out x (in k k)``."""
+
+    method = "svd"
+
+    def _build(self, bias: bool) -> None:
+        middle = self.groups * self.ranks[0]
+        self.first = self._link(self.in_channels, middle, range(len(self.kernel_size)))
+        self.last = self._link(middle, self.out_channels, None, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        u = self._per_group(self.last.weight).flatten(2)
+        v = self._per_group(self.first.weight)
+        return torch.einsum("gor,gr...->go...", u, v).flatten(0, 1)
+
+
+class InputLowRankConv(ConvChain):
+    """A 1 x 1 to ``rank`` channels (per group), then the k x k: the matrix ``in x (out k k)``."""
+
+    method = "svd_input"
+
+    def _build(self, bias: bool) -> None:
+        middle = self.groups * self.ranks[0]
+        self.first = self._link(self.in_channels, middle, None)
+        self.last = self._link(middle, self.out_channels, range(len(self.kernel_size)), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        q = self._per_group(self.last.weight)
+        p = self._per_group(self.first.weight).flatten(2)
+        return torch.einsum("gor...,gri->goi...", q, p).flatten(0, 1)
+
+
+class SpatialSVDConv2d(ConvChain):
+    """Jaderberg et al. 2014: a k x 1 convolution to ``rank`` channels (per group), then a 1 x k."""
+
+    method = "spatial_svd"
+
+    def _build(self, bias: bool) -> None:
+        if len(self.kernel_size) != 2:
+            raise ValueError(f"spatial_svd replaces a Conv2d, got a kernel of {self.kernel_size}")
+        middle = self.groups * self.ranks[0]
+        self.first = self._link(self.in_channels, middle, (0,))
+        self.last = self._link(middle, self.out_channels, (1,), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        q = self._per_group(self.last.weight).squeeze(3)
+        p = self._per_group(self.first.weight).squeeze(4)
+        return torch.einsum("gorw,grih->goihw", q, p).flatten(0, 1)
+
+
+class Tucker2Conv(ConvChain):
+    """Kim et al. 2016: 1 x 1 to ``ranks[0]`` channels, k x k to ``ranks[1]``, 1 x 1 back (all per group)."""
+
+    method = "tucker2"
+    count = 2
+
+    def _build(self, bias: bool) -> None:
+        low, high = (self.groups * r for r in self.ranks)
+        self.first = self._link(self.in_channels, low, None)
+        self.core = self._link(low, high, range(len(self.kernel_size)))
+        self.last = self._link(high, self.out_channels, None, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.core(self.first(x)))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        p = self._per_group(self.first.weight).flatten(2)
+        g = self._per_group(self.core.weight)
+        u = self._per_group(self.last.weight).flatten(2)
+        return torch.einsum("gob,gba...,gai->goi...", u, g, p).flatten(0, 1)
