@@ -497,19 +497,17 @@ def test_random_bytes_are_refused_or_harmless(honest: Path, tmp_path: Path) -> N
     """Flips, in the directory and the JSON above all; the vetting is what meets them, so the vetting is fuzzed."""
     raw = honest.read_bytes()
     rng = random.Random(0)
-    until, tried, passed = time.monotonic() + 4, 0, 0
-    while time.monotonic() < until:
+    tried, passed = 600, 0
+    for _ in range(tried):
         data = bytearray(raw)
         for _ in range(rng.choice((1, 1, 2, 8))):
             data[rng.randrange(len(data))] = rng.randrange(256)
         (tmp_path / "fuzz.pt2").write_bytes(data)
-        tried += 1
         try:
             vet(tmp_path / "fuzz.pt2", tmp_path / "clean.pt2")
         except BadModel:
             continue
         passed += 1
-    assert tried > 50
     assert passed < tried
 
 
@@ -546,14 +544,15 @@ def test_shuffled_json_is_refused_or_harmless(honest: Path, forge: Any, tmp_path
                     break
                 at = at[key]
 
-    until, messages = time.monotonic() + 6, []
-    while time.monotonic() < until:
+    messages = []
+    for _ in range(150):
         try:
             load_model(forge(edit_program(mutate)), scratch=tmp_path)
             messages.append("taken in")
         except BadModel as e:
             messages.append(e.message)
-    assert len(messages) > 5
+    assert "taken in" in messages
+    assert len({*messages}) > 5
     assert all(0 < len(m) < 1500 for m in messages)
 
 
