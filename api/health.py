@@ -81,8 +81,8 @@ def _workers(db: Database) -> tuple[Part, Part, Part]:
         none = "none was seen in the last minute: start one with `tenfold-server worker`"
         return database, Part(ok=False, detail=none), Part(ok=False, detail="no worker has told of its jail")
     queues = Counter(worker.queue for worker in alive)
-    missing = sorted({layer for worker in alive for layer, there in worker.jail.items() if not there})
-    layers = sorted({layer for worker in alive for layer in worker.jail})
+    layers = sorted({layer for worker in alive for layer in worker.jail if layer != "mode"})
+    missing = [layer for layer in layers if not all(worker.jail.get(layer) for worker in alive)]
     jail = f"missing on a worker: {', '.join(missing)}" if missing else f"whole on every worker: {', '.join(layers)}"
     seen = ", ".join(f"{count} on {queue}" for queue, count in sorted(queues.items()))
     return database, Part(ok=True, detail=seen), Part(ok=not missing, detail=jail)

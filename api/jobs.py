@@ -77,6 +77,12 @@ def view(s: Session, row: Job) -> JobView:
 def _check_budget(budget: Budget, metric: Metric) -> None:
     for field in ("max_drop", "min_value"):
         value = getattr(budget, field)
+        if metric in FRACTIONS and value is not None and value < 0:
+            raise Problem(
+                422,
+                "budget_not_a_fraction",
+                f"budget.{field} is {value:g} and {metric.value} is a fraction of 1: give one between 0 and 1.",
+            )
         if metric in FRACTIONS and value is not None and value > 1:
             raise Problem(
                 422,

@@ -12,7 +12,7 @@ from db import tasks
 from db.assets import locked
 from db.engine import new_id, now
 from db.errors import Conflict, NotFound
-from db.lifecycle import ACTIVE_JOBS, end_live, lock_job, set_state, settle, tell
+from db.lifecycle import ACTIVE_JOBS, close_job, end_live, lock_job, set_state, settle, tell
 from db.pages import Page, newest_first
 from db.progress import Snapshot, advance_snapshot, apply_work, ready_to_advance
 from db.tables import (
@@ -43,6 +43,7 @@ __all__ = [
     "delete",
     "extend",
     "get",
+    "give_up",
     "live_count",
     "page",
     "pause",
@@ -186,6 +187,13 @@ def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | N
     set_state(s, job, state, at, f"Extended by {trials} trials.", trials=trials)
     s.flush()
     return job
+
+
+def give_up(s: Session, job_id: str, code: str, reason: str) -> None:
+    """Ends a job that cannot be moved on, as failed."""
+    job = lock_job(s, job_id)
+    if job is not None and job.state in ACTIVE_JOBS:
+        close_job(s, job, JobState.FAILED, code, reason, now(s))
 
 
 def request_export(s: Session, owner: str, job_id: str, number: int) -> Task:

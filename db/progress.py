@@ -13,7 +13,6 @@ from db import trials
 from db.engine import new_id, now
 from db.lifecycle import ACTIVE_JOBS, LIVE, close_job, live_count, lock_job, set_state, tell
 from db.tables import (
-    Artifact,
     AssetState,
     Dataset,
     Job,
@@ -59,7 +58,7 @@ class Snapshot:
     running: int
     """Tasks queued or running."""
     exported: tuple[int, ...]
-    """Numbers of the trials that have artifacts."""
+    """Numbers of the trials whose files are written."""
     failed_profiles: tuple[int, ...]
     """Later stages whose profile was given up."""
     elapsed_hours: float
@@ -99,7 +98,12 @@ def advance_snapshot(s: Session, job_id: str) -> Snapshot | None:
         history=tuple(trials.record(trial) for trial in history),
         running=live_count(s, job_id),
         exported=tuple(
-            s.scalars(select(Artifact.trial).where(Artifact.job_id == job_id).distinct().order_by(Artifact.trial))
+            s.scalars(
+                select(Task.trial)
+                .where(Task.job_id == job_id, Task.kind == TaskKind.EXPORT, Task.state == TaskState.DONE)
+                .distinct()
+                .order_by(Task.trial)
+            )
         ),
         failed_profiles=_failed_profiles(s, job_id),
         elapsed_hours=(job.spent_seconds + active) / 3600,

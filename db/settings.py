@@ -46,7 +46,12 @@ class Settings(BaseSettings):
         "(best_effort), or not at all (off; only for your own uploads).",
     )
     memory_limit: ByteSize | None = Field(
-        default=None, description="Memory of one compute process, such as 8GiB. Unset: no limit beyond the machine's."
+        default=None,
+        description="Memory of one compute process, such as 8GiB. Unset: four fifths of the machine's, which the "
+        "workers of `tenfold-server up` share equally.",
+    )
+    task_hours: Annotated[float, Field(gt=0)] = Field(
+        default=72.0, description="A profile, trial, refinement or export that takes longer is stopped and has failed."
     )
 
     max_upload_bytes: ByteSize = Field(default=ByteSize(20 * 2**30), description="Largest upload, such as 20GiB.")

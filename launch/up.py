@@ -14,6 +14,7 @@ from db.engine import Database
 from db.settings import Settings
 from launch import valkey
 from launch.processes import Group, Service
+from workers.device import memory_share
 
 __all__ = ["AlreadyRunning", "Stack"]
 
@@ -105,7 +106,8 @@ class Stack:
             "QUEUE": self.settings.queue,
             "JAIL": self.settings.jail,
             "LEASE_SECONDS": self.settings.lease_seconds,
-            "MEMORY_LIMIT": None if self.settings.memory_limit is None else int(self.settings.memory_limit),
+            "MEMORY_LIMIT": int(self.settings.memory_limit or memory_share(self.workers)),
+            "TASK_HOURS": self.settings.task_hours,
         }
         return {f"TENFOLD_{k}": str(v) for k, v in values.items() if v is not None}
 

@@ -243,12 +243,19 @@ def _nothing_to_check(spec: JobSpec, profile: Profile, history: Sequence[TrialRe
             reason=f"Every candidate measured at least as large as the original in {costs}; nothing is handed back, "
             "for a network must not grow. Minimize another cost, or allow more methods and layers.",
         )
+    if not history and spec.search.hours is not None:
+        return Finished(
+            ok=False,
+            code="nothing_tried",
+            reason=f"No candidate was tried: the {spec.search.hours:g} hours of the search were over when the network "
+            f"was measured, or no plan makes it smaller in {costs}. Extend the job by some hours.",
+        )
     if not history:
         return Finished(
             ok=False,
             code="nothing_smaller",
             reason=f"No plan makes this network smaller in {costs}: its layers are too small for the methods allowed. "
-            "Allow more methods and layers, or search.hours for at least one candidate.",
+            "Allow more methods and layers.",
         )
     outcomes = {r.outcome for t in history for r in t.results.values() if r.outcome is not Outcome.OK}
     said = "; ".join(sorted(outcome.value for outcome in outcomes)) or "their tasks failed; the trials say how"

@@ -15,6 +15,8 @@ __all__ = ["measure", "pause_while_measuring"]
 
 WARM_S = 0.3
 """Warm-up of the pair. Also the time that others on this host get to reach their next pause."""
+PATIENCE_S = 120.0
+"""Longest wait for the lock; one measurement holds it for half a minute at most."""
 
 
 def measure(
@@ -31,7 +33,8 @@ def measure(
 
     The two run alternately, so that a slow moment of the machine falls on both, and in swapped order each round.
     ``lock``: a file, or an open descriptor of one (the jail opens no files); while held, trainings on this host that
-    call ``pause_while_measuring`` stand still. Each process must have opened it by itself: descriptors inherited
+    call ``pause_while_measuring`` stand still; two minutes in vain, and it measures without. Each process must have
+    opened it by itself: descriptors inherited
     from one ``open`` share the lock. ``threads``: of this process, during the measurement. ``seconds``: about how
     long to measure; ``at_least`` rounds are made unless that takes eleven times as long.
     """
@@ -58,9 +61,22 @@ def pause_while_measuring(lock: int | None) -> None:
     The shared lock is given back at once and never held over work, so a measuring process is never kept waiting by
     many busy ones; it allows for a step under way by its warm-up.
     """
-    if lock is not None:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    if lock is not None and _lock(lock, fcntl.LOCK_SH, PATIENCE_S):
         fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _lock(descriptor: int, kind: int, patience_s: float) -> bool:
+    """Whether it was got. Whoever holds it may hang, or be hostile: nothing waits for it for ever."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def _interleaved(
@@ -101,7 +117,7 @@ def _held(lock: Path | int | None) -> Iterator[None]:
         return
     descriptor = lock if isinstance(lock, int) else os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor, fcntl.LOCK_EX, PATIENCE_S)
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)

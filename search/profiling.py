@@ -16,7 +16,7 @@ from search.decompose import METHODS
 from search.errors import BadRequest
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
-from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice
+from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 from search.vbmf import evbmf_rank
 
 __all__ = ["measure_sites", "methods_of"]
@@ -46,7 +46,7 @@ def measure_sites(bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, k
     """
     fixed = bench.spec.layers.fixed
     for site, chosen in fixed.items():
-        _check_fixed(site, chosen.method, start)
+        _check_fixed(site, chosen, start)
     methods = methods_of(bench)
     wanted: dict[str, LayerInfo] = {}
     for layer in layers:
@@ -221,7 +221,8 @@ def _may_change(bench: Bench, name: str) -> bool:
     return any(fnmatchcase(name, p) for p in layers.include) and not any(fnmatchcase(name, p) for p in layers.exclude)
 
 
-def _check_fixed(site: str, method: str, network: nn.Module) -> None:
+def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
+    method = chosen.method
     try:
         layer = network.get_submodule(site)
     except AttributeError:
@@ -231,6 +232,19 @@ def _check_fixed(site: str, method: str, network: nn.Module) -> None:
     reason = METHODS[method].applies_to(layer)
     if reason is not None:
         raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
+    lattice = METHODS[method].ranks(layer)
+    most = tuple(max(ranks) for ranks in zip(*lattice, strict=True))
+    fits = len(chosen.ranks) == len(most) and all(rank <= top for rank, top in zip(chosen.ranks, most, strict=True))
+    if not fits or METHODS[method].cost(layer, chosen.ranks, 1)[0] >= sum(p.numel() for p in layer.parameters()):
+        raise BadRequest(
+            "bad_rank",
+            f"layers.fixed: {site}: {method} takes {len(most)} ranks of at most {list(most)} that together make the "
+            f"layer smaller, got {list(chosen.ranks)}",
+        )
+    if chosen.options:
+        raise BadRequest(
+            "unknown_option", f"layers.fixed: {site}: {method} takes no options, got {sorted(chosen.options)}"
+        )
 
 
 def _nothing_to_do(bench: Bench, layers: Sequence[LayerInfo]) -> BadRequest:

@@ -197,7 +197,7 @@ class SitePlan(Value):
     """What replaces one site: a method, its ranks (meaning belongs to the method) and options."""
 
     method: str
-    ranks: tuple[int, ...]
+    ranks: tuple[Annotated[int, Field(ge=1)], ...]
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
 
@@ -260,9 +260,12 @@ class JobSpec(Value):
     export: tuple[ExportFormat, ...] = tuple(ExportFormat)
 
     @model_validator(mode="after")
-    def _something_to_minimize(self) -> "JobSpec":
-        if not self.minimize:
-            raise ValueError(f"minimize is empty: name at least one of {[c.value for c in Cost]}")
+    def _something_to_do(self) -> "JobSpec":
+        for name, given, known in (("minimize", self.minimize, Cost), ("export", self.export, ExportFormat)):
+            if not given:
+                raise ValueError(f"{name} is empty: name at least one of {[c.value for c in known]}")
+            if len({*given}) < len(given):
+                raise ValueError(f"{name} names {[c.value for c in given]}: name each once")
         return self
 
 

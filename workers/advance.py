@@ -15,10 +15,21 @@ log = logging.getLogger(__name__)
 
 TRIES = 20
 """Every try but the last loses only to another worker that moved the same job on."""
+UNREADABLE = "its rows cannot be read by this version of Tenfold, which is a defect; the worker's log has the details"
 
 
 def advance(db: Database, settings: Settings, job_id: str, *, only_stalled: bool = False) -> bool:
     """Whether anything was asked. ``only_stalled``: leave jobs alone that have a live task, which will advance them."""
+    try:
+        return _advance(db, settings, job_id, only_stalled)
+    except ValueError:  # rows that this version cannot read or write: one job's trouble, not everybody's
+        log.exception("job %s cannot be moved on", job_id)
+        with db.begin() as s:
+            jobs.give_up(s, job_id, "internal_error", UNREADABLE)
+        return False
+
+
+def _advance(db: Database, settings: Settings, job_id: str, only_stalled: bool) -> bool:
     for _ in range(TRIES):
         with db.read() as s:
             snapshot = jobs.advance_snapshot(s, job_id)

@@ -23,6 +23,7 @@ from celery.signals import setup_logging, worker_ready
 
 from db.engine import Database
 from db.settings import Settings
+from workers import jail
 from workers.queue import TASK, broker_url, make_app
 from workers.run import Runner
 from workers.sweep import Sweeper
@@ -61,6 +62,8 @@ def run_worker(settings: Settings, *, compute: Sequence[str] = COMPUTE) -> int:
     # Celery warns root of pickled messages; only JSON is accepted here, and what opens uploads is in a jail.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     sweeper.be_seen()
+    if missing := [name for name, holds in jail.layers(settings.jail).items() if not holds]:
+        log.warning("TENFOLD_JAIL=%s: uploads are opened without %s", settings.jail, ", ".join(missing))
     try:
         options = ["--pool=threads", "--concurrency=1", f"--queues={settings.queue}", f"--hostname={name}@%h"]
         quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]

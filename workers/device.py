@@ -4,7 +4,10 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["device"]
+__all__ = ["device", "memory_share"]
+
+USABLE = 0.8
+"""Of the memory, by compute processes; the rest is for the service and the system."""
 
 
 def device() -> str:
@@ -13,6 +16,16 @@ def device() -> str:
     if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return ", ".join(gpus)[:200]
     return f"{_cores()} × {_processor()}"[:200]
+
+
+def memory_share(processes: int = 1) -> int:
+    """Bytes for each of ``processes`` compute processes, of what this host or container has."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        limit = physical
+    return int(USABLE * min(physical, limit) / processes)
 
 
 def _cores() -> int:

@@ -101,6 +101,11 @@ def available() -> dict[str, bool]:
     return {"landlock": _landlock_version() >= 1, "seccomp": _has_seccomp(), "rlimits": os.name == "posix"}
 
 
+def layers(mode: str) -> dict[str, bool]:
+    """Which layers hold under a ``TENFOLD_JAIL`` of ``mode``: those available, or none when it is off."""
+    return {name: there and mode != "off" for name, there in available().items()}
+
+
 def enter(scratch: Path, *, memory_bytes: int | None, require: bool, readable: Iterable[Path] = ()) -> dict[str, bool]:
     """Close the jail around this process, for good; returns the layers that hold.
 

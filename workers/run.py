@@ -104,7 +104,7 @@ class Runner:
         def stop() -> bool:
             return lease.lost or lease.cancelled or self._stopping.is_set()
 
-        limit = INSPECTION_S if task.kind in INSPECTIONS else None
+        limit = INSPECTION_S if task.kind in INSPECTIONS else self.settings.task_hours * 3600
         warm = self.processes.for_task(task, stop)
         keep = self._keeps_checkpoints(task, warm)
         on: dict[str, Callable[[Any], None]] = {"progress": lease.progress, "checkpoint": keep}

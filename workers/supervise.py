@@ -234,9 +234,10 @@ class Child:
         if self.memory_bytes is None:
             return
         try:
-            used = psutil.Process(self.pid).memory_info().rss
+            memory = psutil.Process(self.pid).memory_info()
         except psutil.Error:
             return
+        used = memory.rss - getattr(memory, "shared", 0)  # pages of mapped files can be given back at any time
         if used > self.memory_bytes:
             self.kill()
             self.close()

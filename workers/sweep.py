@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from db import blobs, tasks, workers
+from db import blobs, replies, tasks, workers
 from db.engine import Database
 from db.settings import Settings
 from search.errors import TenfoldError
@@ -37,7 +37,7 @@ class Sweeper:
     def __init__(self, db: Database, settings: Settings, name: str) -> None:
         self.db, self.settings, self.name = db, settings, name
         self._device = device()
-        self._jail: dict[str, object] = {"mode": settings.jail, **jail.available()}
+        self._jail: dict[str, object] = {"mode": settings.jail, **jail.layers(settings.jail)}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="sweeper", daemon=True)
 
@@ -96,6 +96,8 @@ class Sweeper:
 
     def collect_garbage(self) -> None:
         blobs.collect_garbage(self.db, self.settings.blob_grace_seconds)
+        with self.db.begin() as s:
+            replies.clean(s)
 
     def be_seen(self) -> None:
         """Raises ``Conflict`` when the database is SQLite and another host works on it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from db.settings import Settings
 from db.tables import Task
+from workers.device import memory_share
 from workers.scratch import Scratch
 from workers.supervise import Child
 
@@ -75,10 +76,9 @@ class Processes:
             warm.scratch.remove()
 
     def _start(self, module: Sequence[str], scratch: Scratch) -> Child:
-        limit = None if self.settings.memory_limit is None else int(self.settings.memory_limit)
+        limit = int(self.settings.memory_limit or memory_share())
         options = ["--scratch", str(scratch.path), "--jail", self.settings.jail, "--latency-lock", str(_latency_lock())]
-        if limit is not None:
-            options += ["--memory", str(limit)]
+        options += ["--memory", str(limit)]
         return Child([sys.executable, *module, *options], scratch.path, memory_bytes=limit)
 
 

@@ -23,6 +23,12 @@ MAX_FILE_BYTES = 2 << 30
 MAX_RATIO, RATIO_ALLOWANCE = 100, 1 << 30
 """Unpacked bytes: at most so many times the upload, plus the allowance. Images and Parquet hardly compress."""
 MAX_NAME = 1024
+EXTENDED = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+MAX_EXTENDED, MAX_PAX = 1 << 16, 100
+"""Bytes of one extended header of a tar, and how many global values they may leave."""
 NOISE = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 Keep = Callable[[str], bool]
@@ -31,7 +37,7 @@ Keep = Callable[[str], bool]
 def is_tar(path: Path) -> bool:
     """Whether ``path`` is a tar, plain or compressed, judged by its first header only."""
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
             return archive.next() is not None
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, TypeError):  # TypeError: gzip cut short
         return False
@@ -89,7 +95,7 @@ def _members(path: Path) -> Iterator[tuple[str, int]]:
 
 def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """Regular files, in one forward pass; links and devices are passed over."""
-    with tarfile.open(path, "r|*") as archive:
+    with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
         while (entry := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
             stream = archive.extractfile(entry) if entry.isreg() else None
@@ -115,6 +121,22 @@ def _clean(name: str, seen: set[str]) -> bool:
         raise BadData("unsafe_archive", f"the archive holds {name[:80]!r} twice; pack it again.")
     seen.add(name)
     return not any(part in NOISE or part.startswith("._") for part in path.parts)
+
+
+class _Header(tarfile.TarInfo):
+    """``tarfile`` reads extended headers whole before anybody can look at their size; these are bounded first."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if (self.type in EXTENDED and self.size > MAX_EXTENDED) or len(archive.pax_headers) > MAX_PAX:
+            raise BadData(
+                "unsafe_archive", f"the archive holds a header of {self.size} bytes; pack it with short plain names."
+            )
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            self._proc_gnusparse_10()
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise BadData("unsafe_archive", "the archive holds a sparse file, whose map has no bound; pack it without -S.")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from search.errors import BadModel, Refused
 
-__all__ = ["Archive", "open_zip"]
+__all__ = ["Archive", "list_names", "open_zip"]
 
 _CENTRAL_DIRECTORY_MAX = 32 * 2**20
 _ENTRIES_MAX = 60_000
@@ -47,27 +47,36 @@ _REFUSED_PARTS = (
 )
 
 
+def list_names(path: Path) -> list[str]:
+    """The entries' names, of whatever kind of ZIP. Raises ``BadModel`` (``not_a_zip``) or ``Refused``."""
+    with _opened(path) as z:
+        return z.namelist()
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """A ZIP whose directory is small, whose entries are stored as they are, do not overlap and are not repeated.
 
-    Raises ``BadModel`` (``not_a_zip``) or ``Refused``. ``zipfile`` alone would read a directory of any
-    size into memory.
+    Raises ``BadModel`` (``not_a_zip``) or ``Refused``.
     """
-    size = path.stat().st_size
+    z = _opened(path)
     try:
-        with path.open("rb") as f:
-            _check_directory(f, size)
-        z = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError, EOFError) as e:
-        raise BadModel(
-            "not_a_zip", f"the file is not a complete ZIP archive ({e}): upload it again, or {_AGAIN}"
-        ) from None
-    try:
-        _check_entries(z, size)
+        _check_entries(z, path.stat().st_size)
     except Refused:
         z.close()
         raise
     return z
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    """``zipfile`` alone would read a directory of any size into memory."""
+    try:
+        with path.open("rb") as f:
+            _check_directory(f, path.stat().st_size)
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError, EOFError) as e:
+        raise BadModel(
+            "not_a_zip", f"the file is not a complete ZIP archive ({e}): upload it again, or {_AGAIN}"
+        ) from None
 
 
 def _check_directory(f: BinaryIO, size: int) -> None:
@@ -81,7 +90,9 @@ def _check_directory(f: BinaryIO, size: int) -> None:
     if size >= 42 + 56:
         f.seek(-42, 2)
         mark, _, offset, _ = struct.unpack("<4sLQL", f.read(20))
-        if mark == b"PK\x06\x07" and offset <= size - 56:
+        if mark == b"PK\x06\x07":
+            if offset != size - 42 - 56:  # where ``zipfile`` reads it, whatever the locator says
+                raise ValueError("its ZIP64 end record is not before its locator")
             f.seek(offset)
             _, _, _, _, _, _, _, entries64, directory64, _ = struct.unpack("<4sQ2H2L4Q", f.read(56))
             entries, directory = (

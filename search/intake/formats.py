@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 
 from search.errors import BadModel, Refused
-from search.intake.archive import open_zip
+from search.intake.archive import list_names, open_zip
 
 __all__ = ["FORMATS", "detect"]
 
@@ -35,17 +35,18 @@ def detect(path: Path, wanted: str = "auto") -> str:
 
 
 def _of_zip(path: Path) -> str:
-    with open_zip(path) as z:
-        names = {n.partition("/")[2] for n in z.namelist()}
-        whole = set(z.namelist())
+    whole = set(list_names(path))
+    names = {n.partition("/")[2] for n in whole}
     if any(n.startswith("serialized_exported_program") for n in whole | names):
         raise Refused(
             "old_format", f"this .pt2 was written by torch 2.7 or older, whose format is not safe to read: {_HOW}"
         )
-    if any(n.startswith("models/") for n in names) or "archive_format" in names:
-        return "pt2"
-    if "constants.pkl" in names or any(n.startswith("code/") for n in names):
+    is_pt2 = any(n.startswith("models/") for n in names) or "archive_format" in names
+    if not is_pt2 and ("constants.pkl" in names or any(n.startswith("code/") for n in names)):
         raise Refused("torchscript", f"this is a TorchScript archive, which runs code when it is loaded: {_HOW}")
+    open_zip(path).close()  # its entries are checked before it counts as anything
+    if is_pt2:
+        return "pt2"
     if "data.pkl" in names:
         return "state_dict"
     raise BadModel("unknown_format", f"this ZIP archive is not a model file: {_HOW}")

@@ -21,6 +21,7 @@ _PICKLE_MAX = 64 * 2**20
 
 def load_pretrained(path: Path, kind: str, architecture: dict[str, Any] | None) -> ExportedProgram:
     """``kind``: safetensors or state_dict. Raises ``BadModel``: no architecture, or weights that do not fit it."""
+    weights = read_weights(path, kind)  # first: what is no state dict at all is told so
     if not architecture:
         raise BadModel(
             "no_architecture",
@@ -28,7 +29,6 @@ def load_pretrained(path: Path, kind: str, architecture: dict[str, Any] | None) 
             f"{{'name': 'resnet20_cifar10'}} (one of {', '.join(sorted(ARCHITECTURES))}), or upload a .pt2 "
             "written by tenfold.export, which holds the network itself",
         )
-    weights = read_weights(path, kind)
     if "transformers" in architecture:
         return _export_transformer(architecture["transformers"], weights)
     name = architecture.get("name")
@@ -207,4 +207,7 @@ def _transformer_example(model: Any, config: Any) -> Tensor:
 
 
 def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+    """Without colours, and without torch's own advice, which is to load the file unsafely."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(e))
+    told = re.search(r"Unsupported (global|operand|class)[^.:]*:? ?[^\s,]*( [\w.]+)?", plain)
+    return told[0][:120] if told else (plain.strip().splitlines() or [type(e).__name__])[0][:120]

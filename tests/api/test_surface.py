@@ -98,6 +98,15 @@ def test_readiness_tells_of_workers_and_their_jails(on_both):
     assert (body["jail"]["ok"], "seccomp" in body["jail"]["detail"]) == (False, True)
 
 
+def test_a_jail_that_is_off_is_no_whole_one(service):
+    jail = {"mode": "off", "landlock": False, "seccomp": False, "rlimits": False}
+    with service.db.begin() as s:
+        workers.seen(s, "w1", host="here", queue="cpu", device="2 cores", jail=jail)
+    body = service.client.get("/readyz").json()
+    assert body["status"] == "degraded"
+    assert body["jail"] == {"ok": False, "detail": "missing on a worker: landlock, rlimits, seccomp"}
+
+
 def test_without_its_database_the_process_is_not_ready(service, tmp_path):
     service.db.close()
     for file in (tmp_path / "database").iterdir():

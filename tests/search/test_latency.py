@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +46,19 @@ def test_a_lock_held_elsewhere_delays_the_measurement(tmp_path: Path) -> None:
     start = time.monotonic()
     measure(nn.Identity(), nn.Identity(), (torch.zeros(1),), lock=path, seconds=0.01)
     assert time.monotonic() - start >= 0.25
+    os.close(other)
+
+
+def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.latency.PATIENCE_S", 0.2)
+    path = tmp_path / "latency.lock"
+    mine, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    fcntl.flock(other, fcntl.LOCK_EX)
+    pause_while_measuring(mine)
+    assert measure(nn.Identity(), nn.Identity(), (torch.zeros(1),), lock=path, seconds=0.01)[0] > 0
+    os.close(mine)
     os.close(other)
 
 

@@ -313,6 +313,19 @@ def test_a_fixed_method_that_does_not_fit_is_refused(uploads: Uploads, tmp_path:
     assert failing_profile(uploads, tmp_path, layers=Layers(fixed=fixed)) == "method_does_not_apply"
 
 
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [
+        (SitePlan(method="svd", ranks=(99_999,)), "bad_rank"),
+        (SitePlan(method="svd", ranks=(2, 2)), "bad_rank"),
+        (SitePlan(method="svd", ranks=()), "bad_rank"),
+        (SitePlan(method="svd", ranks=(2,), options={"x": 1}), "unknown_option"),
+    ],
+)
+def test_a_fixed_plan_that_cannot_be_is_refused(uploads: Uploads, tmp_path: Path, plan: SitePlan, code: str) -> None:
+    assert failing_profile(uploads, tmp_path, layers=Layers(fixed={"fc1": plan})) == code
+
+
 def test_only_included_layers_and_methods_are_profiled(uploads: Uploads, tmp_path: Path) -> None:
     spec = JOB.model_copy(update={"layers": Layers(include=("conv*",)), "methods": ("svd",)})
     profile = opened(uploads, tmp_path, spec).profile(0, None)

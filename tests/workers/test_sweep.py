@@ -1,10 +1,11 @@
 import time
 
 import pytest
+from sqlalchemy import select, update
 
-from db import jobs, tasks, workers
+from db import jobs, replies, tasks, workers
 from db.errors import Conflict
-from db.tables import JobState, TaskState
+from db.tables import IdempotentReply, Job, JobState, TaskState
 from workers.run import Runner
 from workers.sweep import Sweeper
 
@@ -58,6 +59,35 @@ def test_a_worker_is_seen_with_its_device_and_the_layers_of_its_jail(db, sweeper
     sweeper.stop()
     with db.read() as s:
         assert workers.live(s) == []
+
+
+def test_a_jail_that_is_off_holds_nothing(db, settings):
+    Sweeper(db, settings.model_copy(update={"jail": "off"}), "worker-3").be_seen()
+    with db.read() as s:
+        (row,) = workers.live(s)
+    assert row.jail == {"mode": "off", "landlock": False, "seccomp": False, "rlimits": False}
+
+
+def test_replies_are_forgotten_after_a_day(db, settings, sweeper):
+    with db.begin() as s:
+        replies.begin(s, OWNER, "old", "hash")
+        replies.begin(s, OWNER, "new", "hash")
+        s.execute(update(IdempotentReply).where(IdempotentReply.key == "old").values(created_at=0.0))
+    sweeper.sweep(collect=True)
+    with db.read() as s:
+        assert s.scalars(select(IdempotentReply.key)).all() == ["new"]
+
+
+def test_a_job_whose_rows_cannot_be_read_fails_alone(db, settings, submit, runner):
+    broken, healthy = submit(), submit()
+    with db.begin() as s:
+        row = s.get(Job, broken)
+        row.spec = {**row.spec, "of_another_version": 1}
+    runner.work()
+    with db.read() as s:
+        assert jobs.get(s, OWNER, healthy).state is JobState.DONE
+        failed = jobs.get(s, OWNER, broken)
+    assert (failed.state, failed.reason_code) == (JobState.FAILED, "internal_error")
 
 
 def test_a_worker_of_another_host_on_sqlite_is_refused(db, sweeper):

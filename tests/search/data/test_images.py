@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -139,6 +140,29 @@ def test_a_file_without_a_name_and_a_gzip_that_ends_in_its_header_are_refused(re
     assert code(read, path) in ("unsafe_archive", "not_a_data_file")
     path.write_bytes(b"\x1f\x8b\x08")
     assert code(read, path) == "not_a_data_file"
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_header_of_any_size_is_refused_before_it_is_read(read: Read, tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "d.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("long")
+        member.type, member.size = kind, 64 << 20
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    tracemalloc.start()
+    assert code(read, path) == "unsafe_archive"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_a_sparse_file_in_a_tar_is_refused(read: Read, tmp_path: Path) -> None:
+    path = tmp_path / "d.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("hole")
+        member.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(member)
+    assert code(read, path) == "unsafe_archive"
 
 
 def test_links_and_devices_in_a_tar_are_passed_over(read: Read, tmp_path: Path) -> None:

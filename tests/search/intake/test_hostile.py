@@ -468,6 +468,22 @@ def test_a_huge_directory_is_not_read(tmp_path: Path) -> None:
     refused(path, "too_many_entries")
 
 
+def test_a_zip64_record_that_only_we_would_read_does_not_hide_the_real_one(honest: Path, tmp_path: Path) -> None:
+    """``zipfile`` reads the record before the locator, wherever that points."""
+
+    def record(entries: int, directory: int) -> bytes:
+        return struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, entries, entries, directory, 0)
+
+    path = tmp_path / "decoy.pt2"
+    decoy, real = record(1, 50), record(2**40, 2**40)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 4, 1)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
+    path.write_bytes(b"PK\x03\x04" + decoy + real + locator + end)
+    with pytest.raises(BadModel) as e:
+        load_model(path, scratch=tmp_path)
+    assert e.value.code == "not_a_zip"
+
+
 def test_deep_and_broken_json(forge: Any) -> None:
     refused(forge(lambda e: e.update({"models/model.json": b"[" * 1_000_000})), "bad_json")
     refused(forge(lambda e: e.update({"models/model.json": b"{"})), "bad_json")
