@@ -58,7 +58,10 @@ def profile(stage: int = 0, max_drop: float = 0.01) -> Profile:
 
 
 def trial_work(number: int, rung: Rung = Rung.CHEAP) -> TrialWork:
-    plan = {"layer2.conv": SitePlan(method="svd", ranks=(4,)), "layer1.conv": SitePlan(method="svd", ranks=(number + 1,))}
+    plan = {
+        "layer2.conv": SitePlan(method="svd", ranks=(4,)),
+        "layer1.conv": SitePlan(method="svd", ranks=(number + 1,)),
+    }
     return TrialWork(number=number, stage=0, parent=None, params={"z": 1, "a": 0.5}, plan=plan, rung=rung)
 
 

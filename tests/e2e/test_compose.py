@@ -44,11 +44,11 @@ def command_of(name: str, port: int) -> list[str]:
 
 def environment_of(name: str, database: str, redis: str, folder: Path) -> dict[str, str]:
     """The service's environment with this machine's addresses; nothing else of Tenfold's comes from outside."""
-    given = composed()["services"][name]["environment"]
-    assert set(given) == {"TENFOLD_DATABASE_URL", "TENFOLD_REDIS_URL"}
+    given = {k: re.sub(r"\$\{\w+:-(\w+)\}", r"\1", v) for k, v in composed()["services"][name]["environment"].items()}
+    assert {"TENFOLD_DATABASE_URL", "TENFOLD_REDIS_URL"} <= set(given)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_")}
     data = {"TENFOLD_DATA_DIR": str(folder), "TENFOLD_DATABASE_URL": database, "TENFOLD_REDIS_URL": redis}
-    return {**clean, **data, "OMP_NUM_THREADS": "1"}
+    return {**clean, **given, **data, "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
