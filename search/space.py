@@ -16,7 +16,7 @@ from search.spec import LEARNING_RATE_SCALE, Cost, CurvePoint, JobSpec, Plan, Si
 from search.spec import Space as SpaceKind
 from search.vbmf import weakened
 
-__all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "space_for"]
+__all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "at_share", "space_for", "starts"]
 
 Params = dict[str, str | int | float | bool]
 
@@ -187,6 +187,12 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
         yield allocator(ratio)
         if position and (other := next(others, None)) is not None:
             yield other()
+
+
+def at_share(spec: JobSpec, space: SearchSpace, kept: float) -> Start:
+    """The allocator's plan that keeps ``kept`` of the original's cost."""
+    plan = _allocated(space.ground, kept, _macs_share(spec), None, None)
+    return Start(space.params_of(plan) | {"start": "boundary"}, plan)
 
 
 def _allocated(

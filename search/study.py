@@ -22,10 +22,10 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from search.front import measured, ratios
+from search.front import measured, ratios, size
 from search.ground import Ground, ground_of
 from search.predict import Predictor, unit
-from search.space import Params, SearchSpace, space_for, starts
+from search.space import Params, SearchSpace, at_share, space_for, starts
 from search.spec import JobSpec, Outcome, Plan, Profile, Rung, Sampler, TrialRecord, TrialState, TrialWork
 
 __all__ = ["ground_for", "next_trials", "plan_key", "rebuild"]
@@ -33,6 +33,8 @@ __all__ = ["ground_for", "next_trials", "plan_key", "rebuild"]
 _ASKS = 6
 """Times the sampler is asked again when it proposes what was tried before; then chance perturbs."""
 _PERTURBATIONS = 60
+_CLOSED = 0.93
+"""The boundary of the budget is known well enough when the sizes on both its sides are as near as this."""
 
 
 def plan_key(plan: Plan) -> str:
@@ -72,14 +74,14 @@ def next_trials(
 
 
 class _Proposals:
-    """New plans for one stage: first points while there are any, then the sampler's, then perturbed by chance."""
+    """New plans for one stage: first points while there are any; then by turns at the boundary of the budget, until
+    that is known, and the sampler's; then perturbed by chance."""
 
     def __init__(
         self, spec: JobSpec, space: SearchSpace, history: Sequence[TrialRecord], stage: Sequence[TrialRecord]
     ) -> None:
         self._spec = spec
         self._space = space
-        self._history = history
         self._stage = stage
         self._seen = {plan_key(record.plan) for record in stage}
         share = spec.search.trials // spec.search.stages
@@ -87,11 +89,16 @@ class _Proposals:
         begun = any("start" not in record.params for record in stage)  # the first points come before all others
         self._starts = iter(()) if begun else given
         self._study: optuna.Study | None = None
+        self._under_way: list[Params] = []
+        self._profile = space.ground.profile
+        self._predictor = Predictor(spec, self._profile, history)
 
     def next(self, number: int) -> tuple[Params, Plan] | None:
         for start in self._starts:
             if self._is_new(start.plan):
                 return self._take(start.params, start.plan)
+        if number % 2 == 0 and (found := self._at_the_boundary()) is not None:
+            return found
         for attempt in range(_ASKS):
             params = self._ask(_seed(self._spec, number, attempt))
             plan = self._space.plan(params)
@@ -99,19 +106,37 @@ class _Proposals:
                 return self._take(params, plan)
         return self._perturbed(random.Random(_seed(self._spec, number, _ASKS)))  # noqa: S311 - not a secret
 
+    def _at_the_boundary(self) -> tuple[Params, Plan] | None:
+        """The allocator's plan half way between the smallest candidate that should keep the budget and the next
+        smaller one that should not: in tens of trials a sampler does not find that boundary, halving does."""
+        kept: list[float] = []
+        beyond: list[float] = []
+        for record in self._stage:
+            best, final = measured(record), self._predictor.final(record)
+            if best is not None and final is not None:
+                share = size(best.costs, self._profile.costs, self._spec.minimize)
+                (kept if final.mean <= self._profile.max_drop else beyond).append(share)
+        smallest = min(kept, default=self._space.ground.start_share)
+        largest = max((share for share in beyond if share < smallest), default=smallest / 2)
+        if largest > _CLOSED * smallest:
+            return None
+        start = at_share(self._spec, self._space, math.sqrt(smallest * largest))
+        return self._take(start.params, start.plan) if self._is_new(start.plan) else None
+
     def _is_new(self, plan: Plan) -> bool:
         return plan_key(plan) not in self._seen and self._space.ground.saves(plan, self._spec.minimize)
 
     def _take(self, params: Params, plan: Plan) -> tuple[Params, Plan]:
         self._seen.add(plan_key(plan))
+        self._under_way.append(params)
         if self._study is not None:  # so that the next ask of this batch knows it is under way
             self._study.add_trial(_running(params, self._space.distributions()))
         return params, plan
 
     def _ask(self, seed: int) -> Params:
         if self._study is None:
-            predictor = Predictor(self._spec, self._space.ground.profile, self._history)
-            self._study = rebuild(self._spec, self._space, predictor, self._stage)
+            self._study = rebuild(self._spec, self._space, self._predictor, self._stage)
+            self._study.add_trials([_running(p, self._space.distributions()) for p in self._under_way])
         self._study.sampler = _sampler(self._spec, seed)
         trial = self._study.ask(self._space.distributions())
         params = dict(trial.params)

@@ -63,6 +63,22 @@ def test_asks_depend_on_the_rows_alone(space: Space) -> None:
     assert [w.params for w in other] != [w.params for w in first]
 
 
+def test_candidates_close_in_on_the_boundary_of_the_budget() -> None:
+    surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
+    history = tried(spec, surface, 16)
+    profile = surface.profile(0)
+    predictor = Predictor(spec, profile, history)
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for r in history:
+        final = predictor.final(r)
+        assert final is not None
+        share = r.results[Rung.CHEAP].costs.parameters / profile.costs.parameters
+        shares[final.mean <= profile.max_drop].append(share)
+    assert "boundary" in {r.params.get("start") for r in history}
+    smallest = min(shares[True])
+    assert max(share for share in shares[False] if share < smallest) > 0.7 * smallest  # the first points leave 0.67
+
+
 def test_asking_for_several_at_once_or_one_by_one_is_the_same() -> None:
     surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
     history = tried(spec, surface, 14)
