@@ -13,13 +13,14 @@ from search.calibrate import Statistics
 from search.decompose.base import (
     Fit,
     bias_parameters,
-    conv_reason,
+    conv2d_of,
     fill,
     geometry,
+    middle_positions,
     problems,
     ranks_between,
     relative,
-    sizes_along,
+    separable_reason,
     thin,
 )
 from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
@@ -33,11 +34,7 @@ class SpatialSVD:
     name = "spatial_svd"
 
     def applies_to(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, nn.Conv2d):
-            return f"spatial_svd replaces Conv2d, not {type(layer).__name__}"
-        if min(layer.kernel_size) == 1:
-            return f"a kernel of {layer.kernel_size} has nothing to separate"
-        return conv_reason(layer) or (None if self.ranks(layer) else "no rank makes it smaller")
+        return separable_reason(self.name, layer) or (None if self.ranks(layer) else "no rank makes it smaller")
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         rows, columns, c_in, c_out = _sizes(layer)
@@ -53,12 +50,9 @@ class SpatialSVD:
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
         rows, columns, c_in, c_out = _sizes(layer)
-        conv = conv2d_of(layer)
-        first, last = (conv.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
-        # The first link strides along rows only, so it is applied at more positions than the last.
-        middle = output_positions * conv.stride[1]
-        if input_sizes is not None:
-            middle = sizes_along(layer, input_sizes)[0] * input_sizes[1]
+        groups = conv2d_of(layer).groups
+        first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
+        middle = middle_positions(layer, output_positions, input_sizes)
         return first + last + bias_parameters(layer), first * middle + last * output_positions
 
     def factorize(
@@ -112,14 +106,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
     conv = conv2d_of(layer)
     rows, columns = conv.kernel_size
     return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
-
-
-def conv2d_of(layer: nn.Module) -> nn.Conv2d:
-    """The layer, known to be a Conv2d.
-
-    Raises:
-        TypeError: it is not (``applies_to`` says so beforehand).
-    """
-    if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"spatial_svd replaces Conv2d, got {type(layer).__name__}")
-    return layer

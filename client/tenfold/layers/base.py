@@ -114,8 +114,13 @@ class ConvChain(FactorizedLayer):
             dtype=layer.weight.dtype,
         )
 
-    def _link(self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False) -> Conv:
-        """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only."""
+    def _link(
+        self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False, groups: int | None = None
+    ) -> Conv:
+        """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only.
+
+        ``groups``: the dense layer's, unless the link has its own.
+        """
         d = len(self.kernel_size)
         on = range(0) if axes is None else axes
 
@@ -130,7 +135,7 @@ class ConvChain(FactorizedLayer):
             stride=pick(self.stride, 1),  # type: ignore[arg-type]
             padding=padding,
             dilation=pick(self.dilation, 1),  # type: ignore[arg-type]
-            groups=self.groups,
+            groups=self.groups if groups is None else groups,
             bias=bias,
             # A pointwise link pads nothing; zeros keeps it on the fast path.
             padding_mode=self.padding_mode if len(on) else "zeros",
