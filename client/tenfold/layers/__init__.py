@@ -8,9 +8,12 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .separable import CP3Conv, CP4Conv2d
 
 __all__ = [
     "LAYERS",
+    "CP3Conv",
+    "CP4Conv2d",
     "FactorizedLayer",
     "InputLowRankConv",
     "LowRankConv",
@@ -26,6 +29,8 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     InputLowRankConv,
     SpatialSVDConv2d,
     Tucker2Conv,
+    CP3Conv,
+    CP4Conv2d,
 )
 
 
