@@ -117,6 +117,8 @@ def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
 
     if method == "tucker2":
         return rank("in"), rank("out")
+    if method == "tt":
+        return rank("in"), rank("rows"), rank("out")
     if method == "svd_input":
         return (rank("in"),)
     if method in ("cp3", "cp4"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
-from .separable import CP3Conv, CP4Conv2d
+from .separable import CP3Conv, CP4Conv2d, TTConv2d
 
 __all__ = [
     "LAYERS",
@@ -19,6 +19,7 @@ __all__ = [
     "LowRankConv",
     "LowRankLinear",
     "SpatialSVDConv2d",
+    "TTConv2d",
     "Tucker2Conv",
     "factorized_like",
 ]
@@ -31,6 +32,7 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     Tucker2Conv,
     CP3Conv,
     CP4Conv2d,
+    TTConv2d,
 )
 
 
