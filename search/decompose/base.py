@@ -13,6 +13,7 @@ statistics C = I, D = W and this is the plain weight error.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -129,7 +130,7 @@ class Problem:
     def weighed(self) -> Tensor:
         return self.rows[:, None] * self.target
 
-    @property
+    @cached_property
     def base(self) -> float:
         """The error of V = 0 without the floor: ||M B C^1/2||^2."""
         return float(((self.weighed @ self.moments) * self.weighed).sum())

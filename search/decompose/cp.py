@@ -266,22 +266,22 @@ def _sweep(w: _Whitened, terms: Terms, *, exact: bool) -> tuple[Terms, float]:
     """Each factor once, for all the others: those of the modes, then the outputs'. Also the error."""
     out, *modes = terms
     pulled = (w.cross if exact else w.target.flatten(1)).T @ out
-    scale = _inflated(out.T @ out)
+    outputs = _inflated(out.T @ out)
     for m in range(len(modes)):
         # Plain normal equations: factor @ gram = right.
-        gram = scale * _gram([*modes[:m], *modes[m + 1 :]])
+        gram = outputs * _gram([*modes[:m], *modes[m + 1 :]])
         right = _contract(pulled, modes, m)
-        modes[m] = _exact_mode(w, modes, m, right, scale, gram) if exact else _solved(right, gram)
+        modes[m] = _exact_mode(w, modes, m, right, outputs, gram) if exact else _solved(right, gram)
     return _refit(w, (out, *(mode / mode.norm(dim=0).clamp_min(1e-150) for mode in modes)), exact=exact)
 
 
-def _exact_mode(w: _Whitened, modes: Sequence[Tensor], m: int, right: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
+def _exact_mode(w: _Whitened, modes: Sequence[Tensor], m: int, right: Tensor, outputs: Tensor, gram: Tensor) -> Tensor:
     """The factor of mode ``m`` in the norm of C, from the present one."""
-    root = torch.linalg.cholesky(gram)
+    root = _root(gram)
 
     def apply(x: Tensor) -> Tensor:
         f = _features([*modes[:m], x, *modes[m + 1 :]])
-        return _contract((f if w.moments is None else w.moments @ f) @ scale, modes, m)
+        return _contract((f if w.moments is None else w.moments @ f) @ outputs, modes, m)
 
     return conjugate_gradients(apply, lambda r: torch.cholesky_solve(r.T, root).T, modes[m], right, ITERATIONS)
 
@@ -327,13 +327,19 @@ def _contract(x: Tensor, modes: Sequence[Tensor], keep: int) -> Tensor:
 
 
 def _inflated(gram: Tensor) -> Tensor:
-    """Normal equations with the penalty on the terms' norms; the rest of the diagonal is for terms that are zero."""
-    diagonal = gram.diagonal()
-    return gram + torch.diag(PENALTY * diagonal + 1e-12 * diagonal.mean() + 1e-200)
+    """Normal equations with the penalty on the terms' norms."""
+    return gram + PENALTY * torch.diag(gram.diagonal())
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The Cholesky factor of normal equations, some of whose terms may be zero."""
+    jitter = 1e-12 * gram.diagonal().mean() + 1e-200
+    root: Tensor = torch.linalg.cholesky(gram + jitter * torch.eye(len(gram), dtype=gram.dtype))
+    return root
 
 
 def _solved(right: Tensor, gram: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(gram)).T
+    return torch.cholesky_solve(right.T, _root(gram)).T
 
 
 def _balanced(w: _Whitened, part: Problem, terms: Terms) -> list[Tensor]:

@@ -135,6 +135,20 @@ def test_a_fitted_start_is_taken_up(method: str, statistics_of: StatisticsOf) ->
 
 
 @BOTH
+def test_a_kernel_of_fewer_terms_than_asked_for_is_no_trouble(method: str, statistics_of: StatisticsOf) -> None:
+    for rank in (0, 2):
+        layer = nn.Conv2d(8, 8, 3)
+        with torch.no_grad():
+            layer.weight.zero_()
+        if rank:
+            planted(layer, method, rank)
+        x = smooth_input(layer)
+        for statistics in (None, statistics_of(layer, x)):
+            module = METHODS[method].factorize(layer, (9,), statistics).module
+            torch.testing.assert_close(module(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
+@BOTH
 def test_the_lattice_is_small_and_begins_with_the_cheapest(method: str) -> None:
     for layer in (nn.Conv2d(4, 4, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(512, 512, 3)):
         lattice = METHODS[method].ranks(layer)
