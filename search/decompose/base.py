@@ -31,6 +31,7 @@ __all__ = [
     "Problem",
     "bias_parameters",
     "conv2d_of",
+    "conv2d_sizes",
     "conv_of",
     "conv_reason",
     "fill",
@@ -207,6 +208,13 @@ def conv2d_of(layer: nn.Module) -> nn.Conv2d:
     if not isinstance(layer, nn.Conv2d):
         raise TypeError(f"expected a Conv2d, got {type(layer).__name__}")
     return layer
+
+
+def conv2d_sizes(layer: nn.Module) -> tuple[int, int, int, int]:
+    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
+    conv = conv2d_of(layer)
+    rows, columns = conv.kernel_size
+    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
 
 
 def conv_reason(layer: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from search.decompose.base import (
     Fit,
     bias_parameters,
     conv2d_of,
+    conv2d_sizes,
     fill,
     geometry,
     middle_positions,
@@ -37,7 +38,7 @@ class SpatialSVD:
         return separable_reason(self.name, layer) or (None if self.ranks(layer) else "no rank makes it smaller")
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         dense, step = c_in * c_out * rows * columns, c_in * rows + c_out * columns
         return tuple((r,) for r in ranks_between(1, min((dense - 1) // step, c_in * rows, c_out * columns), 40))
 
@@ -49,7 +50,7 @@ class SpatialSVD:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         groups = conv2d_of(layer).groups
         first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         middle = middle_positions(layer, output_positions, input_sizes)
@@ -64,7 +65,7 @@ class SpatialSVD:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         r = ranks[0]
         parts = problems(layer, statistics, metric)
         firsts, lasts, errors = [], [], []
@@ -85,7 +86,7 @@ class SpatialSVD:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        columns = _sizes(layer)[1]
+        columns = conv2d_sizes(layer)[1]
         parts = problems(layer, statistics, metric)
         bases = [project(p, columns) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
@@ -99,10 +100,3 @@ class SpatialSVD:
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
         return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
-    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
-    conv = conv2d_of(layer)
-    rows, columns = conv.kernel_size
-    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups

@@ -20,6 +20,7 @@ from search.decompose.base import (
     Problem,
     bias_parameters,
     conv2d_of,
+    conv2d_sizes,
     fill,
     geometry,
     input_positions,
@@ -52,7 +53,7 @@ class TT:
         return separable_reason(self.name, layer) or (None if self.ranks(layer) else "no rank makes it smaller")
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         dense = rows * columns * c_in * c_out
         steps = STEPS if dense <= LARGE else LARGE_STEPS
         lattice = []
@@ -72,7 +73,7 @@ class TT:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         groups = conv2d_of(layer).groups
         low, middle, high = ranks
         first, tall, rest = (
@@ -94,7 +95,7 @@ class TT:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        sizes, high = _sizes(layer), ranks[2]
+        sizes, high = conv2d_sizes(layer), ranks[2]
         parts = problems(layer, statistics, metric)
         if start is None:
             begun = [_train(p, project(p, sizes[0] * sizes[1])[: ranks[0]], None, ranks, sizes) for p in parts]
@@ -116,7 +117,7 @@ class TT:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        rows, columns, _, _ = _sizes(layer)
+        rows, columns, _, _ = conv2d_sizes(layer)
         parts = problems(layer, statistics, metric)
         bases = [project(part, rows * columns) for part in parts]
         sizes = None if statistics is None else statistics.input_sizes
@@ -210,10 +211,3 @@ def _balanced(train: _Train, ranks: Sequence[int], sizes: Sequence[int]) -> tupl
 
 def _scale(before: Tensor, after: Tensor) -> Tensor:
     return (after / before.clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
-    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
-    conv = conv2d_of(layer)
-    rows, columns = conv.kernel_size
-    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups

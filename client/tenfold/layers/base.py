@@ -95,6 +95,10 @@ class ConvChain(FactorizedLayer):
     def _build(self, bias: bool) -> None:
         raise NotImplementedError
 
+    def _need_images(self) -> None:
+        if len(self.kernel_size) != 2:
+            raise ValueError(f"{self.method} replaces a Conv2d, got a kernel of {self.kernel_size}")
+
     @classmethod
     def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "ConvChain":
         if not isinstance(layer, CONVS):

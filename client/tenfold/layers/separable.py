@@ -44,7 +44,7 @@ class CP4Conv2d(ConvChain):
     method = "cp4"
 
     def _build(self, bias: bool) -> None:
-        _need_images(self)
+        self._need_images()
         middle = self.groups * self.ranks[0]
         self.first = self._link(self.in_channels, middle, None)
         self.rows = self._link(middle, middle, (0,), groups=middle)
@@ -73,7 +73,7 @@ class TTConv2d(ConvChain):
     count = 3
 
     def _build(self, bias: bool) -> None:
-        _need_images(self)
+        self._need_images()
         low, middle, high = (self.groups * r for r in self.ranks)
         self.first = self._link(self.in_channels, low, None)
         self.rows = self._link(low, middle, (0,))
@@ -93,8 +93,3 @@ class TTConv2d(ConvChain):
         w = self._per_group(self.columns.weight).squeeze(3)
         u = self._per_group(self.last.weight).flatten(2)
         return torch.einsum("goc,gcbw,gbah,gai->goihw", u, w, h, p).flatten(0, 1)
-
-
-def _need_images(chain: ConvChain) -> None:
-    if len(chain.kernel_size) != 2:
-        raise ValueError(f"{chain.method} replaces a Conv2d, got a kernel of {chain.kernel_size}")
