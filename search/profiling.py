@@ -117,8 +117,13 @@ def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
 
     if method == "tucker2":
         return rank("in"), rank("out")
+    if method == "tt":
+        return rank("in"), rank("rows"), rank("out")
     if method == "svd_input":
         return (rank("in"),)
+    if method in ("cp3", "cp4"):
+        # No sum of fewer terms has these ranks in both unfoldings.
+        return (max(rank("in"), rank("out")),)
     return (rank("rows" if method == "spatial_svd" else "out"),)
 
 

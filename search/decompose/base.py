@@ -13,6 +13,7 @@ statistics C = I, D = W and this is the plain weight error.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,15 +30,18 @@ __all__ = [
     "Method",
     "Problem",
     "bias_parameters",
+    "conv2d_of",
+    "conv2d_sizes",
     "conv_of",
     "conv_reason",
     "fill",
     "geometry",
     "input_positions",
+    "middle_positions",
     "problems",
     "ranks_between",
     "relative",
-    "sizes_along",
+    "separable_reason",
     "thin",
 ]
 
@@ -127,6 +131,11 @@ class Problem:
     def weighed(self) -> Tensor:
         return self.rows[:, None] * self.target
 
+    @cached_property
+    def base(self) -> float:
+        """The error of V = 0 without the floor: ||M B C^1/2||^2."""
+        return float(((self.weighed @ self.moments) * self.weighed).sum())
+
     def error(self, weight: Tensor) -> float:
         """E||M(y - V x)||^2 of a candidate ``V``: (out, in * taps)."""
         gap = self.rows[:, None] * (self.target - weight)
@@ -190,6 +199,24 @@ def conv_of(layer: nn.Module) -> Conv:
     return layer
 
 
+def conv2d_of(layer: nn.Module) -> nn.Conv2d:
+    """The layer, known to be a Conv2d.
+
+    Raises:
+        TypeError: it is not (``applies_to`` says so beforehand).
+    """
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"expected a Conv2d, got {type(layer).__name__}")
+    return layer
+
+
+def conv2d_sizes(layer: nn.Module) -> tuple[int, int, int, int]:
+    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
+    conv = conv2d_of(layer)
+    rows, columns = conv.kernel_size
+    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
+
+
 def conv_reason(layer: nn.Module) -> str | None:
     """Why a layer is not a convolution that the channel methods can take, or None."""
     if not isinstance(layer, CONVS):
@@ -197,6 +224,15 @@ def conv_reason(layer: nn.Module) -> str | None:
     if min(layer.in_channels, layer.out_channels) // layer.groups < 2:
         return f"depthwise: {layer.groups} groups of {layer.in_channels} input channels leave no channels to combine"
     return None
+
+
+def separable_reason(method: str, layer: nn.Module) -> str | None:
+    """Why a layer is not an image convolution whose rows and columns a method can separate, or None."""
+    if not isinstance(layer, nn.Conv2d):
+        return f"{method} replaces Conv2d, not {type(layer).__name__}"
+    if min(layer.kernel_size) == 1:
+        return f"a kernel of {layer.kernel_size} has nothing to separate"
+    return conv_reason(layer)
 
 
 def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedLayer:
@@ -250,7 +286,21 @@ def thin(points: Sequence[CurvePoint], dense: tuple[int, int]) -> tuple[CurvePoi
     return tuple(ordered)
 
 
-def sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
+def input_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
+    """How often a pointwise link before the kernel is applied; without the input's sizes, as the strides say."""
+    if not isinstance(layer, CONVS):
+        return output_positions
+    return output_positions * math.prod(layer.stride) if input_sizes is None else math.prod(input_sizes)
+
+
+def middle_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
+    """How often a k x 1 link is applied: it strides along the rows, and the columns are still the input's."""
+    if input_sizes is None:
+        return output_positions * conv2d_of(layer).stride[1]
+    return _sizes_along(layer, input_sizes)[0] * input_sizes[1]
+
+
+def _sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spatial output sizes of a convolution for spatial ``input_sizes``."""
     layer = conv_of(layer)
     if isinstance(layer.padding, str):
@@ -266,10 +316,3 @@ def sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]
             input_sizes, before, after, layer.dilation, layer.kernel_size, layer.stride, strict=True
         )
     )
-
-
-def input_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
-    """How often a pointwise link before the kernel is applied; without the input's sizes, as the strides say."""
-    if not isinstance(layer, CONVS):
-        return output_positions
-    return output_positions * math.prod(layer.stride) if input_sizes is None else math.prod(input_sizes)

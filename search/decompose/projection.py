@@ -12,7 +12,7 @@ Given P the best Q is a linear regression and the best Q of output rank ``s`` a 
 the whitened coordinates of one tap, nested in r.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,18 @@ from torch import Tensor, nn
 from search.calibrate import weight_of
 from search.decompose.base import Problem
 
-__all__ = ["SWEEPS", "WARM_SWEEPS", "Nested", "alternate", "project", "solve", "starts"]
+__all__ = [
+    "SWEEPS",
+    "WARM_SWEEPS",
+    "Nested",
+    "alternate",
+    "conjugate_gradients",
+    "project",
+    "refine",
+    "restrict",
+    "solve",
+    "starts",
+]
 
 ITERATIONS = 12
 """Conjugate-gradient steps of one sweep over P."""
@@ -65,8 +76,8 @@ def project(problem: Problem, taps: int) -> Tensor:
     return factor
 
 
-def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
-    """The best second factor for a given ``p`` (r, A), all output ranks from one eigendecomposition."""
+def restrict(problem: Problem, p: Tensor, taps: int) -> Problem:
+    """The problem of what follows ``p`` (r, A): its input has r * taps entries, its floor what ``p`` has lost."""
     r, a = p.shape
     moments = problem.moments.reshape(a, taps, a, taps)
     half = torch.einsum("ri,itju->rtju", p, moments)
@@ -74,11 +85,18 @@ def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
     d = problem.weighed @ half.reshape(r * taps, a * taps).T
     c = c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype)
     b = torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
-    values, vectors = torch.linalg.eigh(b @ d.T)
+    lost = problem.base - float((b * d).sum())
+    return Problem(b / problem.rows[:, None], c, problem.rows, problem.floor + max(lost, 0.0), problem.energy)
+
+
+def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
+    """The best second factor for a given ``p`` (r, A), all output ranks from one eigendecomposition."""
+    rest = restrict(problem, p, taps)
+    b = rest.weighed
+    values, vectors = torch.linalg.eigh(b @ rest.moments @ b.T)
     keep = min(b.shape)
     values, vectors = values.flip(0)[:keep].clamp_min(0), vectors.flip(1)[:, :keep]
-    base = float(((problem.weighed @ problem.moments) * problem.weighed).sum())
-    return Nested(vectors / problem.rows[:, None], vectors.T @ b, values, base)
+    return Nested(vectors / problem.rows[:, None], vectors.T @ b, values, problem.base)
 
 
 def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
@@ -97,10 +115,17 @@ def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
 
     left = _inverse(torch.einsum("rtst->rs", gram))
     center = _inverse(moments.diagonal(dim1=1, dim2=3).mean(-1))
-    x, residual = p, right - apply(p)
-    z = left @ residual @ center
+    return conjugate_gradients(apply, lambda residual: left @ residual @ center, p, right, ITERATIONS)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], x: Tensor, right: Tensor, steps: int
+) -> Tensor:
+    """``steps`` preconditioned steps from ``x`` towards ``apply(x) = right``, ``apply`` linear and positive."""
+    residual = right - apply(x)
+    z = precondition(residual)
     direction, rho = z, float((residual * z).sum())
-    for _ in range(ITERATIONS):
+    for _ in range(steps):
         if rho <= 0:
             break
         image = apply(direction)
@@ -109,7 +134,7 @@ def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
             break
         step = rho / curvature
         x, residual = x + step * direction, residual - step * image
-        z = left @ residual @ center
+        z = precondition(residual)
         rho, previous = float((residual * z).sum()), rho
         direction = z + (rho / previous) * direction
     return x

@@ -13,13 +13,15 @@ from search.calibrate import Statistics
 from search.decompose.base import (
     Fit,
     bias_parameters,
-    conv_reason,
+    conv2d_of,
+    conv2d_sizes,
     fill,
     geometry,
+    middle_positions,
     problems,
     ranks_between,
     relative,
-    sizes_along,
+    separable_reason,
     thin,
 )
 from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
@@ -33,14 +35,10 @@ class SpatialSVD:
     name = "spatial_svd"
 
     def applies_to(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, nn.Conv2d):
-            return f"spatial_svd replaces Conv2d, not {type(layer).__name__}"
-        if min(layer.kernel_size) == 1:
-            return f"a kernel of {layer.kernel_size} has nothing to separate"
-        return conv_reason(layer) or (None if self.ranks(layer) else "no rank makes it smaller")
+        return separable_reason(self.name, layer) or (None if self.ranks(layer) else "no rank makes it smaller")
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         dense, step = c_in * c_out * rows * columns, c_in * rows + c_out * columns
         return tuple((r,) for r in ranks_between(1, min((dense - 1) // step, c_in * rows, c_out * columns), 40))
 
@@ -52,13 +50,10 @@ class SpatialSVD:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        rows, columns, c_in, c_out = _sizes(layer)
-        conv = conv2d_of(layer)
-        first, last = (conv.groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
-        # The first link strides along rows only, so it is applied at more positions than the last.
-        middle = output_positions * conv.stride[1]
-        if input_sizes is not None:
-            middle = sizes_along(layer, input_sizes)[0] * input_sizes[1]
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
+        groups = conv2d_of(layer).groups
+        first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
+        middle = middle_positions(layer, output_positions, input_sizes)
         return first + last + bias_parameters(layer), first * middle + last * output_positions
 
     def factorize(
@@ -70,7 +65,7 @@ class SpatialSVD:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        rows, columns, c_in, c_out = _sizes(layer)
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
         r = ranks[0]
         parts = problems(layer, statistics, metric)
         firsts, lasts, errors = [], [], []
@@ -91,7 +86,7 @@ class SpatialSVD:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        columns = _sizes(layer)[1]
+        columns = conv2d_sizes(layer)[1]
         parts = problems(layer, statistics, metric)
         bases = [project(p, columns) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
@@ -105,21 +100,3 @@ class SpatialSVD:
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
         return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
-    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
-    conv = conv2d_of(layer)
-    rows, columns = conv.kernel_size
-    return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
-
-
-def conv2d_of(layer: nn.Module) -> nn.Conv2d:
-    """The layer, known to be a Conv2d.
-
-    Raises:
-        TypeError: it is not (``applies_to`` says so beforehand).
-    """
-    if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"spatial_svd replaces Conv2d, got {type(layer).__name__}")
-    return layer

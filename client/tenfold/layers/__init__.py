@@ -8,14 +8,18 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .separable import CP3Conv, CP4Conv2d, TTConv2d
 
 __all__ = [
     "LAYERS",
+    "CP3Conv",
+    "CP4Conv2d",
     "FactorizedLayer",
     "InputLowRankConv",
     "LowRankConv",
     "LowRankLinear",
     "SpatialSVDConv2d",
+    "TTConv2d",
     "Tucker2Conv",
     "factorized_like",
 ]
@@ -26,6 +30,9 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     InputLowRankConv,
     SpatialSVDConv2d,
     Tucker2Conv,
+    CP3Conv,
+    CP4Conv2d,
+    TTConv2d,
 )
 
 

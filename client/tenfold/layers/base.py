@@ -95,6 +95,10 @@ class ConvChain(FactorizedLayer):
     def _build(self, bias: bool) -> None:
         raise NotImplementedError
 
+    def _need_images(self) -> None:
+        if len(self.kernel_size) != 2:
+            raise ValueError(f"{self.method} replaces a Conv2d, got a kernel of {self.kernel_size}")
+
     @classmethod
     def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "ConvChain":
         if not isinstance(layer, CONVS):
@@ -114,8 +118,13 @@ class ConvChain(FactorizedLayer):
             dtype=layer.weight.dtype,
         )
 
-    def _link(self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False) -> Conv:
-        """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only."""
+    def _link(
+        self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False, groups: int | None = None
+    ) -> Conv:
+        """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only.
+
+        ``groups``: the dense layer's, unless the link has its own.
+        """
         d = len(self.kernel_size)
         on = range(0) if axes is None else axes
 
@@ -130,7 +139,7 @@ class ConvChain(FactorizedLayer):
             stride=pick(self.stride, 1),  # type: ignore[arg-type]
             padding=padding,
             dilation=pick(self.dilation, 1),  # type: ignore[arg-type]
-            groups=self.groups,
+            groups=self.groups if groups is None else groups,
             bias=bias,
             # A pointwise link pads nothing; zeros keeps it on the fast path.
             padding_mode=self.padding_mode if len(on) else "zeros",

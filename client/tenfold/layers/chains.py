@@ -106,8 +106,7 @@ class SpatialSVDConv2d(ConvChain):
     method = "spatial_svd"
 
     def _build(self, bias: bool) -> None:
-        if len(self.kernel_size) != 2:
-            raise ValueError(f"spatial_svd replaces a Conv2d, got a kernel of {self.kernel_size}")
+        self._need_images()
         middle = self.groups * self.ranks[0]
         self.first = self._link(self.in_channels, middle, (0,))
         self.last = self._link(middle, self.out_channels, (1,), bias)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from search.calibrate import Statistics
 from search.decompose import METHODS, Method
+from search.profiling import _evbmf
 from tenfold.layers import FactorizedLayer, factorized_like
 
 from .conftest import smooth_input
@@ -127,6 +128,12 @@ class Contract:
         assert type(dense) is type(layer)
         assert dense.weight.shape == layer.weight.shape
         torch.testing.assert_close(dense(x), module(x), rtol=1e-4, atol=1e-4)
+
+    def test_analytic_ranks_are_as_many_as_the_methods(self, name: str) -> None:
+        layer = self.layers[name]()
+        found = _evbmf(self.method, layer.weight.detach(), getattr(layer, "groups", 1))
+        assert len(found) == len(self.m.ranks(layer)[0])
+        assert min(found) >= 1
 
     def test_gradients_reach_every_factor(self, name: str) -> None:
         layer = self.layers[name]()
