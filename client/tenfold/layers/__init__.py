@@ -8,6 +8,7 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .tensor_train import RTTConv, TTLinear
 
 __all__ = [
     "LAYERS",
@@ -15,7 +16,9 @@ __all__ = [
     "InputLowRankConv",
     "LowRankConv",
     "LowRankLinear",
+    "RTTConv",
     "SpatialSVDConv2d",
+    "TTLinear",
     "Tucker2Conv",
     "factorized_like",
 ]
@@ -26,6 +29,8 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     InputLowRankConv,
     SpatialSVDConv2d,
     Tucker2Conv,
+    TTLinear,
+    RTTConv,
 )
 
 
