@@ -1,11 +1,13 @@
 """The decompositions, one file each, behind one small interface (``base.Method``)."""
 
 from search.decompose.base import Fit, Method
+from search.decompose.r_tt import RTT
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
+from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 
 __all__ = ["METHODS", "Fit", "Method"]
 
-METHODS: dict[str, Method] = {m.name: m for m in (SVD(), SVDInput(), SpatialSVD(), Tucker2())}
+METHODS: dict[str, Method] = {m.name: m for m in (SVD(), SVDInput(), SpatialSVD(), Tucker2(), TTMatrix(), RTT())}
 """Every method by its name: what ``methods: "auto"`` may mix."""
