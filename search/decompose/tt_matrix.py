@@ -28,6 +28,10 @@ from tenfold.layers.tensor_train import TTShape, linear_modes, linear_order
 __all__ = ["TTMatrix", "tt_round", "tt_svd"]
 
 POINTS = 24
+"""Of a lattice, at most; a large layer has fewer, down to ``FEW``: each point's true error is a product with C."""
+FEW = 6
+ERROR_MACS = 3e11
+"""Multiplications that the errors of all points may take."""
 SWEEPS = 6
 WARM_SWEEPS = 2
 CURVE_MACS = 1.2e11
@@ -56,7 +60,9 @@ class TTMatrix:
         out_modes, in_modes = self.modes(layer)
         sizes = [o * i for o, i in zip(out_modes, in_modes, strict=True)]
         exact = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes))]
-        dense = geometry(layer)[1].numel()
+        weight = geometry(layer)[1]
+        dense = weight.numel()
+        points = max(FEW, min(POINTS, int(ERROR_MACS / (dense * weight.shape[2]))))
 
         def at(rank: int) -> tuple[int, ...]:
             return tuple(min(rank, most) for most in exact)
@@ -66,7 +72,7 @@ class TTMatrix:
             return parameters - bias_parameters(layer) < dense and macs < dense
 
         most = next((rank - 1 for rank in range(1, max(exact) + 1) if not cheaper(rank)), max(exact))
-        return tuple(at(rank) for rank in ranks_between(1, most, POINTS))
+        return tuple(at(rank) for rank in ranks_between(1, most, points))
 
     def cost(
         self,
