@@ -13,6 +13,8 @@ from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
 from search.decompose import METHODS
+from search.decompose.tensor_train import tt_unfoldings
+from search.decompose.tt_matrix import TTMatrix
 from search.errors import BadRequest
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
@@ -95,7 +97,7 @@ def _choice(
             curve = _with_start(curve, ranks, cost)
         if curve:
             curves[name] = curve
-            evbmf[name] = _evbmf(name, weight.detach(), int(getattr(layer, "groups", 1)))
+            evbmf[name] = _evbmf(name, layer)
     return SiteChoice(
         site=info.name, dense_parameters=info.parameters, dense_macs=info.macs, curves=curves, evbmf=evbmf
     )
@@ -109,22 +111,35 @@ def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tup
     return tuple(sorted((*curve, start), key=lambda p: (p.parameters, p.macs)))
 
 
-def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
+def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
     """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups."""
+    parts = _weight(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
 
     def rank(by: str) -> int:
-        return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in weight.double().chunk(groups)))
+        return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in parts))
 
     if method == "tucker2":
         return rank("in"), rank("out")
     if method == "tt":
         return rank("in"), rank("rows"), rank("out")
+    tensor_train = METHODS[method]
+    if isinstance(tensor_train, TTMatrix):
+        modes = tensor_train.modes(layer)
+        found = [[_rank_of_gram(u) for u in tt_unfoldings(part.flatten(1), *modes)] for part in parts]
+        return tuple(max(1, *ranks) for ranks in zip(*found, strict=True))
     if method == "svd_input":
         return (rank("in"),)
     if method in ("cp3", "cp4"):
         # No sum of fewer terms has these ranks in both unfoldings.
         return (max(rank("in"), rank("out")),)
     return (rank("rows" if method == "spatial_svd" else "out"),)
+
+
+def _rank_of_gram(matrix: Tensor) -> int:
+    """EVBMF from the eigenvalues of the short side: an unfolding in the middle of a train is as large as it can be."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    values = torch.linalg.eigvalsh(short @ short.T).clamp_min(0).sqrt()
+    return evbmf_rank(values.numpy(), (matrix.shape[0], matrix.shape[1]))
 
 
 def _unfolded(weight: Tensor, by: str) -> Tensor:

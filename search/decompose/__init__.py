@@ -3,12 +3,16 @@
 from search.decompose.base import Fit, Method
 from search.decompose.cp3 import CP3
 from search.decompose.cp4 import CP4
+from search.decompose.r_tt import RTT
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
 from search.decompose.tt import TT
+from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 
 __all__ = ["METHODS", "Fit", "Method"]
 
-METHODS: dict[str, Method] = {m.name: m for m in (SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT())}
+METHODS: dict[str, Method] = {
+    m.name: m for m in (SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT(), TTMatrix(), RTT())
+}
 """Every method by its name: what ``methods: "auto"`` may mix."""

@@ -236,10 +236,14 @@ def separable_reason(method: str, layer: nn.Module) -> str | None:
 
 
 def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedLayer:
-    """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias."""
+    """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias.
+
+    ``links``: by the name of a parameter, or of the submodule whose weight it is.
+    """
+    parameters = dict(new.named_parameters())
     with torch.no_grad():
         for name, value in links.items():
-            weight = weight_of(new.get_submodule(name))
+            weight = parameters[name] if name in parameters else parameters[f"{name}.weight"]
             weight.copy_(value.reshape(weight.shape))
         if new.output_bias is not None and isinstance(layer.bias, Tensor):
             new.output_bias.copy_(layer.bias)

@@ -9,6 +9,7 @@ from torch import nn
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
+from .tensor_train import RTTConv, TTLinear
 
 __all__ = [
     "LAYERS",
@@ -18,8 +19,10 @@ __all__ = [
     "InputLowRankConv",
     "LowRankConv",
     "LowRankLinear",
+    "RTTConv",
     "SpatialSVDConv2d",
     "TTConv2d",
+    "TTLinear",
     "Tucker2Conv",
     "factorized_like",
 ]
@@ -33,6 +36,8 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     CP3Conv,
     CP4Conv2d,
     TTConv2d,
+    TTLinear,
+    RTTConv,
 )
 
 

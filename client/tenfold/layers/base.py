@@ -61,7 +61,8 @@ class ConvChain(FactorizedLayer):
     """What the convolutional chains share: the dense layer's geometry, kept as plain Python values."""
 
     replaces = CONVS
-    count: ClassVar[int] = 1
+    count: ClassVar[int | None] = 1
+    """How many ranks there are; None where the channels decide, and the class checks."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class ConvChain(FactorizedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(ranks)
-        if len(self.ranks) != self.count:
+        if self.count is not None and len(self.ranks) != self.count:
             raise ValueError(f"{type(self).__name__} takes {self.count} ranks, got {self.ranks}")
         self.kernel_size = tuple(kernel_size)
         d = len(self.kernel_size)
@@ -88,7 +89,7 @@ class ConvChain(FactorizedLayer):
         self.stride, self.dilation = _spread(stride, d), _spread(dilation, d)
         self.padding = padding if isinstance(padding, str) else _spread(padding, d)
         self.padding_mode = padding_mode
-        self._make = {"device": device, "dtype": dtype}
+        self._make: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build(bias)
         del self._make
 
