@@ -1,6 +1,7 @@
 """The options of ``tenfold-server run``, and the job that they ask for."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ EXIT_CODES = "exit status: 0 done, 1 the job failed, 2 misuse, 3 the model or th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXIT_CODES
-    parser.add_argument("model", type=Path, help="a .pt2 file (tenfold.export makes one)")
+    parser.add_argument("model", type=Path, help="a .pt2 file (tenfold.export makes one), or weights alone")
     parser.add_argument("data", type=Path, help=".npz, .safetensors, .parquet, or a zip or tar of class folders")
+    parser.add_argument(
+        "--architecture",
+        type=architecture,
+        help='of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}',
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--max-drop", type=float, help="what may be lost, in the metric's units: 0.01 = one point")
     what.add_argument("--min-value", type=float, help="instead: the value that must be kept")
@@ -45,10 +51,16 @@ def job_fields(options: argparse.Namespace, workers: int) -> dict[str, Any]:
         "min_value": options.min_value,
         "metric": options.metric,
         "minimize": options.minimize or [Cost.PARAMETERS.value],
+        "architecture": options.architecture,
         "data_spec": {"task": options.task, "transform": transform},
         "search": _given(trials=options.trials, hours=options.hours, parallel=workers),
         "fine_tune": _given(epochs=options.epochs),
     }
+
+
+def architecture(text: str) -> dict[str, Any]:
+    """A name, or JSON with the options of that architecture. Raises ``ValueError``."""
+    return dict(json.loads(text)) if text.startswith("{") else {"name": text}
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -59,7 +59,12 @@ def _submit(model: Path, data: Path, options: dict[str, Any], client: Client) ->
     return client.submit(model, data, **options)
 
 
-Model = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A .pt2 file (see `tenfold.export`).")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        exists=True, dir_okay=False, help="A .pt2 file (see `tenfold.export`), or weights with --architecture."
+    ),
+]
 Data = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".npz, .safetensors, .parquet, .zip or .tar")]
 MaxDrop = Annotated[float | None, typer.Option(help="What may be lost, in the metric's units: 0.005 = half a point.")]
 MinValue = Annotated[float | None, typer.Option(help="Instead of --max-drop: the value that must be kept.")]
@@ -68,6 +73,9 @@ Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, byte
 Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
 Epochs = Annotated[float | None, typer.Option(help="Epochs of the final fine-tuning.")]
 Hours = Annotated[float | None, typer.Option(help="Wall-clock limit of the search.")]
+Architecture = Annotated[
+    str | None, typer.Option(help='Of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}')
+]
 DataSpec = Annotated[str, typer.Option(help='JSON: {"task": …, "transform": {"scale": …, "mean": …, "std": …}}')]
 
 
@@ -79,14 +87,11 @@ def _options(
     trials: int | None,
     epochs: float | None,
     hours: float | None,
+    architecture: str | None,
     data_spec: str,
 ) -> dict[str, Any]:
     if (max_drop is None) == (min_value is None):
         raise typer.BadParameter("give exactly one of --max-drop and --min-value")
-    try:
-        spec = json.loads(data_spec)
-    except ValueError as e:
-        raise typer.BadParameter(f"--data-spec is not JSON: {e}") from e
     search = {k: v for k, v in {"trials": trials, "hours": hours}.items() if v is not None}
     return {
         "max_drop": max_drop,
@@ -95,8 +100,22 @@ def _options(
         "minimize": minimize or ["parameters"],
         "search": search,
         "fine_tune": {} if epochs is None else {"epochs": epochs},
-        "data_spec": spec,
+        "architecture": _architecture(architecture),
+        "data_spec": _json("--data-spec", data_spec),
     }
+
+
+def _architecture(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return dict(_json("--architecture", text)) if text.startswith("{") else {"name": text}
+
+
+def _json(option: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise typer.BadParameter(f"{option} is not JSON: {e}") from e
 
 
 @app.command()
@@ -110,11 +129,12 @@ def submit(
     trials: Trials = None,
     epochs: Epochs = None,
     hours: Hours = None,
+    architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload and start a search; returns at once."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, data_spec)
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, architecture, data_spec)
     with _client() as client:
         job = _submit(model, data, options, client)
         _print(as_json, job.data, lambda: out.print(f"{job.id}\nfollow it: tenfold watch {job.id}", highlight=False))
@@ -132,11 +152,12 @@ def compress(
     trials: Trials = None,
     epochs: Epochs = None,
     hours: Hours = None,
+    architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload, search, watch and download, in one go."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, data_spec)
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, architecture, data_spec)
     with _client() as client:
         job = watch(_submit(model, data, options, client), console=err)
         _finish(job, to, as_json)

@@ -93,18 +93,20 @@ class Operations(Generic[J, M, D, A]):
         metric: str | None = None,
         minimize: tuple[str, ...] | list[str] = ("parameters",),
         name: str | None = None,
+        architecture: dict[str, Any] | None = None,
         data_spec: dict[str, Any] | None = None,
         **spec: Any,
     ) -> Steps[J]:
         """Start a search.
 
         Args:
-            model: a ``Model``, or a file that is uploaded first.
+            model: a ``Model``, or a file that is uploaded first; weights alone with their ``architecture``.
             data: a ``Dataset``, or a file that is uploaded first with ``data_spec``.
             max_drop: how much of the metric may be lost, in its units (0.005 = half a point of accuracy).
             min_value: instead of ``max_drop``, the value that must be kept.
             metric: ``accuracy``, ``top5``, ``mse``, ``output_error`` or ``agreement``; None: the task's first.
             minimize: any of ``parameters``, ``macs``, ``bytes``, ``latency``; the first counts most.
+            architecture: ``{"name": …, "options": {…}}``, of those that the service knows.
             spec: other fields of the job: ``methods``, ``layers``, ``fine_tune``, ``search``, ``export``, and
                 ``budget`` for its ``confidence`` and ``expect``.
 
@@ -112,7 +114,7 @@ class Operations(Generic[J, M, D, A]):
             Rejected: the model or the data was read and refused; the text says why and what to do.
         """
         budget = {"metric": metric, "max_drop": max_drop, "min_value": min_value}
-        return (yield from self._submit(model, data, budget, minimize, name, data_spec, spec))
+        return (yield from self._submit(model, data, budget, minimize, name, architecture, data_spec, spec))
 
     @operation
     def compress(
@@ -138,7 +140,7 @@ class Operations(Generic[J, M, D, A]):
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / f"{type(module).__name__}.pt2"
             path = yield from call(lambda: export(module, example, target))
-            job = yield from self._submit(path, data, {"max_drop": max_drop}, minimize, name, data_spec, spec)
+            job = yield from self._submit(path, data, {"max_drop": max_drop}, minimize, name, None, data_spec, spec)
         with shown(job) as show:
             yield from JobOperations.wait.steps(job, on_change=show)
         return job
@@ -249,11 +251,12 @@ class Operations(Generic[J, M, D, A]):
         budget: dict[str, Any],
         minimize: tuple[str, ...] | list[str],
         name: str | None,
+        architecture: dict[str, Any] | None,
         data_spec: dict[str, Any] | None,
         spec: dict[str, Any],
     ) -> Steps[J]:
         if isinstance(model, str | Path):
-            model = yield from self._upload_model(model, None, "auto", None, None)
+            model = yield from self._upload_model(model, None, "auto", architecture, None)
         if isinstance(data, str | Path):
             data = yield from self._upload_dataset(data, None, None, data_spec or {})
         # Waited for here, so that a refusal is told where the mistake was made.

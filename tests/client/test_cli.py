@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tenfold import cli
+from tenfold import Client, cli
 from tests.client.conftest import Service
 from tests.client.seed import Workers
 
@@ -113,6 +113,24 @@ def test_submit_uploads_and_a_refused_model_has_its_own_exit_code(run: Run, work
     assert (said.code, "not a network" in said.err) == (3, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("resnet20_cifar10", {"name": "resnet20_cifar10", "options": {}}),
+        ('{"name": "mlp", "options": {"depth": 3}}', {"name": "mlp", "options": {"depth": 3}}),
+    ],
+)
+def test_weights_alone_go_with_their_architecture(
+    run: Run, workers: Workers, client: Client, tmp_path: Path, given: str, kept: dict[str, Any]
+) -> None:
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(b"net")
+    with inspecting(workers):
+        job = run("submit", file, file, "--max-drop", "0.01", "--architecture", given, "--json").json
+    assert client.model(job["model"])["architecture"] == kept
+    run("cancel", job["id"])
+
+
 def test_wrong_use_a_wrong_key_and_no_service_have_exit_codes(
     run: Run, done: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +138,7 @@ def test_wrong_use_a_wrong_key_and_no_service_have_exit_codes(
     file.write_bytes(b"x")
     assert run("submit", file, file).code == 2
     assert run("submit", file, file, "--max-drop", "0.1", "--data-spec", "{").code == 2
+    assert run("submit", file, file, "--max-drop", "0.1", "--architecture", "{").code == 2
     assert run("trials", "job_none").code == 6
     monkeypatch.setenv("TENFOLD_API_KEY", "tf_wrong")
     assert run("jobs").code == 4

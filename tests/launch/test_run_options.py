@@ -35,6 +35,24 @@ def test_every_option_lands_in_a_field_that_the_service_knows():
     assert fields["minimize"] == ["macs", "parameters"]
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("resnet20_cifar10", {"name": "resnet20_cifar10"}),
+        ('{"name": "mlp", "options": {"depth": 3}}', {"name": "mlp", "options": {"depth": 3}}),
+    ],
+)
+def test_an_architecture_is_a_name_or_json(given, sent):
+    assert job_fields(parsed("--max-drop", "0.01", "--architecture", given), workers=1)["architecture"] == sent
+
+
+def test_an_architecture_that_is_no_json_is_misuse(capsys):
+    with pytest.raises(SystemExit) as end:
+        parsed("--max-drop", "0.01", "--architecture", "{mlp")
+    assert end.value.code == 2
+    assert "invalid architecture value: '{mlp'" in capsys.readouterr().err
+
+
 def test_a_budget_is_required_and_only_one():
     with pytest.raises(SystemExit):
         parsed()
