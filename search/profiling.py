@@ -18,6 +18,7 @@ from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice
 from search.vbmf import evbmf_rank
+from tenfold.layers.reshaped import balanced
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -110,7 +111,10 @@ def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tup
 
 
 def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
-    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups."""
+    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups.
+
+    ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
+    """
 
     def rank(by: str) -> int:
         return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in weight.double().chunk(groups)))
@@ -119,15 +123,23 @@ def _evbmf(method: str, weight: Tensor, groups: int) -> tuple[int, ...]:
         return rank("in"), rank("out")
     if method == "svd_input":
         return (rank("in"),)
-    return (rank("rows" if method == "spatial_svd" else "out"),)
+    if method == "r_tucker":
+        return rank("in1"), rank("in2"), rank("out1"), rank("out2")
+    return (rank({"spatial_svd": "rows", "r_cp": "pair"}.get(method, "out")),)
 
 
 def _unfolded(weight: Tensor, by: str) -> Tensor:
-    """(out, in, *kernel) as a matrix: outputs, inputs, or (inputs, kernel rows) apart from the rest."""
+    """(out, in, *kernel) as a matrix: outputs, inputs, (inputs, kernel rows), or reshaped modes apart from the rest."""
     if by == "in":
         return weight.transpose(0, 1).flatten(1)
     if by == "rows":
         return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    if by in ("in1", "in2", "out1", "out2", "pair"):
+        (t1, t2), (s1, s2) = balanced(weight.shape[0]), balanced(weight.shape[1])
+        modes = weight.reshape(t1, t2, s1, s2, -1)
+        if by == "pair":
+            return modes.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+        return modes.movedim(("out1", "out2", "in1", "in2").index(by), 0).flatten(1)
     return weight.flatten(1)
 
 

@@ -104,7 +104,7 @@ class Cost(StrEnum):
     LATENCY = "latency"
 
 
-METHOD_NAMES = ("svd", "svd_input", "spatial_svd", "tucker2")
+METHOD_NAMES = ("svd", "svd_input", "spatial_svd", "tucker2", "r_cp", "r_tucker")
 """What ``JobSpec.methods`` may name: the keys of ``search.decompose.METHODS``, known here without torch."""
 
 

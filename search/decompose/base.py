@@ -200,10 +200,14 @@ def conv_reason(layer: nn.Module) -> str | None:
 
 
 def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedLayer:
-    """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias."""
+    """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias.
+
+    ``links``: by the name of a link, whose weight it is, or of a parameter.
+    """
+    own = dict(new.named_parameters(recurse=False))
     with torch.no_grad():
         for name, value in links.items():
-            weight = weight_of(new.get_submodule(name))
+            weight = own[name] if name in own else weight_of(new.get_submodule(name))
             weight.copy_(value.reshape(weight.shape))
         if new.output_bias is not None and isinstance(layer.bias, Tensor):
             new.output_bias.copy_(layer.bias)

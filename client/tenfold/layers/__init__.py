@@ -8,6 +8,7 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 
 __all__ = [
     "LAYERS",
@@ -15,6 +16,10 @@ __all__ = [
     "InputLowRankConv",
     "LowRankConv",
     "LowRankLinear",
+    "ReshapedCPConv2d",
+    "ReshapedCPLinear",
+    "ReshapedTuckerConv2d",
+    "ReshapedTuckerLinear",
     "SpatialSVDConv2d",
     "Tucker2Conv",
     "factorized_like",
@@ -26,6 +31,10 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     InputLowRankConv,
     SpatialSVDConv2d,
     Tucker2Conv,
+    ReshapedCPLinear,
+    ReshapedCPConv2d,
+    ReshapedTuckerLinear,
+    ReshapedTuckerConv2d,
 )
 
 
