@@ -20,6 +20,7 @@ from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 from search.vbmf import evbmf_rank
+from tenfold.layers.reshaped import balanced
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -112,7 +113,10 @@ def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tup
 
 
 def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
-    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups."""
+    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups.
+
+    ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
+    """
     parts = _weight(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
 
     def rank(by: str) -> int:
@@ -132,7 +136,9 @@ def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
     if method in ("cp3", "cp4"):
         # No sum of fewer terms has these ranks in both unfoldings.
         return (max(rank("in"), rank("out")),)
-    return (rank("rows" if method == "spatial_svd" else "out"),)
+    if method == "r_tucker":
+        return rank("in1"), rank("in2"), rank("out1"), rank("out2")
+    return (rank({"spatial_svd": "rows", "r_cp": "pair"}.get(method, "out")),)
 
 
 def _rank_of_gram(matrix: Tensor) -> int:
@@ -143,11 +149,17 @@ def _rank_of_gram(matrix: Tensor) -> int:
 
 
 def _unfolded(weight: Tensor, by: str) -> Tensor:
-    """(out, in, *kernel) as a matrix: outputs, inputs, or (inputs, kernel rows) apart from the rest."""
+    """(out, in, *kernel) as a matrix: outputs, inputs, (inputs, kernel rows), or reshaped modes apart from the rest."""
     if by == "in":
         return weight.transpose(0, 1).flatten(1)
     if by == "rows":
         return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    if by in ("in1", "in2", "out1", "out2", "pair"):
+        (t1, t2), (s1, s2) = balanced(weight.shape[0]), balanced(weight.shape[1])
+        modes = weight.reshape(t1, t2, s1, s2, -1)
+        if by == "pair":
+            return modes.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+        return modes.movedim(("out1", "out2", "in1", "in2").index(by), 0).flatten(1)
     return weight.flatten(1)
 
 

@@ -104,7 +104,10 @@ class Cost(StrEnum):
     LATENCY = "latency"
 
 
-METHOD_NAMES = ("svd", "svd_input", "spatial_svd", "tucker2", "cp3", "cp4", "tt", "tt_matrix", "r_tt")
+METHOD_NAMES = (
+    *("svd", "svd_input", "spatial_svd", "tucker2", "cp3", "cp4", "tt"),
+    *("tt_matrix", "r_tt", "r_cp", "r_tucker"),
+)
 """What ``JobSpec.methods`` may name: the keys of ``search.decompose.METHODS``, known here without torch."""
 
 

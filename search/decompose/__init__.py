@@ -3,7 +3,9 @@
 from search.decompose.base import Fit, Method
 from search.decompose.cp3 import CP3
 from search.decompose.cp4 import CP4
+from search.decompose.r_cp import RCP
 from search.decompose.r_tt import RTT
+from search.decompose.r_tucker import RTucker
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
 from search.decompose.tt import TT
@@ -13,6 +15,10 @@ from search.decompose.tucker2 import SVDInput, Tucker2
 __all__ = ["METHODS", "Fit", "Method"]
 
 METHODS: dict[str, Method] = {
-    m.name: m for m in (SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT(), TTMatrix(), RTT())
+    m.name: m
+    for m in (
+        *(SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT()),
+        *(TTMatrix(), RTT(), RCP(), RTucker()),
+    )
 }
 """Every method by its name: what ``methods: "auto"`` may mix."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .tensor_train import RTTConv, TTLinear
 
@@ -20,6 +21,10 @@ __all__ = [
     "LowRankConv",
     "LowRankLinear",
     "RTTConv",
+    "ReshapedCPConv2d",
+    "ReshapedCPLinear",
+    "ReshapedTuckerConv2d",
+    "ReshapedTuckerLinear",
     "SpatialSVDConv2d",
     "TTConv2d",
     "TTLinear",
@@ -38,6 +43,10 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     TTConv2d,
     TTLinear,
     RTTConv,
+    ReshapedCPLinear,
+    ReshapedCPConv2d,
+    ReshapedTuckerLinear,
+    ReshapedTuckerConv2d,
 )
 
 

@@ -1,0 +1,209 @@
+"""``r_cp`` and ``r_tucker``: channels as two modes each."""
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import tensorly
+import torch
+from tensorly.decomposition import parafac, tucker
+from torch import nn
+
+from search.decompose import METHODS, r_cp, r_tucker
+from search.profiling import _evbmf
+from tenfold.layers import factorized_like
+from tenfold.layers.reshaped import balanced
+
+from .conftest import smooth_input
+from .contract import Contract, StatisticsOf
+
+
+def reshaped_layers() -> dict[str, Callable[[], nn.Module]]:
+    """Every geometry that they take; channels that are no powers of two, and unequal factors."""
+    return {
+        "plain": lambda: nn.Conv2d(12, 16, 3, padding=1),
+        "strided": lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1, bias=False),
+        "widening": lambda: nn.Conv2d(6, 24, 3, stride=2, padding=1),
+        "dilated": lambda: nn.Conv2d(12, 10, 3, padding=2, dilation=2),
+        "unpadded": lambda: nn.Conv2d(10, 12, (3, 2), stride=(1, 2)),
+        "grouped": lambda: nn.Conv2d(16, 24, 3, padding=1, groups=2),
+        "grouped, narrowing": lambda: nn.Conv2d(24, 12, 3, padding=1, stride=(2, 1), groups=2),
+        "same": lambda: nn.Conv2d(10, 12, (2, 3), padding="same", dilation=(2, 1)),
+        "circular": lambda: nn.Conv2d(10, 12, 3, padding=1, padding_mode="circular"),
+        "pointwise": lambda: nn.Conv2d(18, 16, 1),
+        "linear": lambda: nn.Linear(24, 18),
+        "wide linear": lambda: nn.Linear(20, 48, bias=False),
+    }
+
+
+def plant(layer: nn.Module, method: str, ranks: tuple[int, ...]) -> None:
+    """Give ``layer`` a weight that the method stands for exactly at these ranks."""
+    with torch.no_grad():
+        planted = factorized_like(layer, method, ranks).dense_weight()
+        layer.weight.copy_(planted / planted.std() * layer.weight.std())
+
+
+class TestRCP(Contract):
+    method = "r_cp"
+    layers = reshaped_layers()
+
+    @staticmethod
+    def full(layer: nn.Module) -> tuple[int, ...]:
+        return (2,)
+
+    def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
+        """CP has no full rank that is cheap to know: a planted one is recovered."""
+        layer = self.layers[name]()
+        plant(layer, "r_cp", self.full(layer))
+        x = smooth_input(layer)
+        for statistics in (None, statistics_of(layer, x)):
+            fit = self.m.factorize(layer, self.full(layer), statistics)
+            assert fit.error < 1e-4
+            torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+class TestRTucker(Contract):
+    method = "r_tucker"
+    layers = reshaped_layers()
+
+    @staticmethod
+    def full(layer: nn.Module) -> tuple[int, ...]:
+        groups = getattr(layer, "groups", 1)
+        return *balanced(layer.weight.shape[1]), *balanced(layer.weight.shape[0] // groups)
+
+
+@pytest.mark.parametrize(("channels", "pair"), [(64, (8, 8)), (512, (16, 32)), (24, (4, 6)), (10, (2, 5)), (7, (1, 7))])
+def test_channels_are_split_near_their_square_root(channels: int, pair: tuple[int, int]) -> None:
+    assert balanced(channels) == pair
+
+
+@pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
+def test_a_prime_number_of_channels_is_refused_with_the_reason(name: str) -> None:
+    for layer in (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 13, 3), nn.Linear(16, 17), nn.Conv2d(14, 16, 3, groups=2)):
+        assert "prime" in str(METHODS[name].applies_to(layer))
+    assert "Conv3d" in str(METHODS[name].applies_to(nn.Conv3d(16, 16, 3)))
+
+
+def parameters(layer: nn.Module, method: str, ranks: tuple[int, ...]) -> int:
+    return sum(p.numel() for p in factorized_like(layer, method, ranks).parameters())
+
+
+def test_parameters_are_those_of_the_papers_formulas() -> None:
+    conv, linear = nn.Conv2d(64, 128, 3, bias=False), nn.Linear(256, 100, bias=False)
+    assert parameters(conv, "r_cp", (10,)) == 10 * (8 * 8 + 8 * 16 + 9)
+    assert parameters(linear, "r_cp", (10,)) == 10 * (16 * 10 + 16 * 10)
+    assert parameters(conv, "r_tucker", (4, 5, 6, 7)) == 8 * 4 + 8 * 5 + 8 * 6 + 16 * 7 + 9 * 4 * 5 * 6 * 7
+    assert parameters(linear, "r_tucker", (4, 5, 6, 7)) == 16 * 4 + 16 * 5 + 10 * 6 + 10 * 7 + 4 * 5 * 6 * 7
+
+
+LAYERS_WITH_RATES = [nn.Conv2d(16, 24, 3), nn.Conv2d(16, 24, 3, groups=2), nn.Linear(36, 20)]
+
+
+@pytest.mark.parametrize("layer", LAYERS_WITH_RATES, ids=str)
+@pytest.mark.parametrize("rate", [0.001, 0.05, 0.1, 0.4])
+def test_the_rank_for_a_rate_is_the_largest_that_real_modules_allow(layer: nn.Module, rate: float) -> None:
+    budget = int(rate * sum(p.numel() for p in layer.parameters()))
+    fits = [r for r in range(1, 200) if parameters(layer, "r_cp", (r,)) <= budget]
+    assert r_cp.rank_for(layer, budget) == max(fits, default=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS_WITH_RATES, ids=str)
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.4])
+def test_the_tucker_ranks_for_a_rate_leave_no_room_to_raise_all_of_them(layer: nn.Module, rate: float) -> None:
+    budget = int(rate * sum(p.numel() for p in layer.parameters()))
+    found = r_tucker.rank_for(layer, budget)
+    smallest = parameters(layer, "r_tucker", (1, 1, 1, 1))
+    assert (found is None) == (smallest > budget)
+    if found is not None:
+        assert parameters(layer, "r_tucker", found) <= budget
+        more = tuple(r + 1 for r in found)
+        assert parameters(layer, "r_tucker", more) > budget
+
+
+def test_r_cp_of_a_linear_is_the_svd_of_the_rearranged_matrix() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 18)
+    w = layer.weight.detach().double().numpy().reshape(3, 6, 4, 6).transpose(0, 2, 1, 3).reshape(12, 36)
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    for rank in (1, 4, 9):
+        fit = METHODS["r_cp"].factorize(layer, (rank,))
+        best = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(3, 4, 6, 6).transpose(0, 2, 1, 3).reshape(18, 24)
+        np.testing.assert_allclose(fit.module.dense_weight().detach().numpy(), best, atol=1e-5)
+        assert fit.error == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), rel=1e-5)
+
+
+def reshaped(layer: nn.Conv2d) -> np.ndarray:
+    """(S1, S2, T1, T2, k, k) in float64."""
+    (s1, s2), (t1, t2) = balanced(layer.in_channels), balanced(layer.out_channels)
+    w = layer.weight.detach().double().numpy()
+    return w.reshape(t1, t2, s1, s2, *layer.kernel_size).transpose(2, 3, 0, 1, 4, 5)
+
+
+@pytest.mark.filterwarnings("ignore")  # tensorly's own, about its settings
+@pytest.mark.parametrize("rank", [3, 8])
+def test_r_cp_without_statistics_is_as_good_as_tensorlys_parafac(rank: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 16, 3)
+    fit = METHODS["r_cp"].factorize(layer, (rank,))
+    w = reshaped(layer).transpose(0, 2, 1, 3, 4, 5).reshape(3 * 4, 4 * 4, 9)
+    theirs = tensorly.cp_to_tensor(parafac(w, rank, n_iter_max=200, init="svd", tol=1e-9))
+    assert fit.error <= 1.05 * np.square(theirs - w).sum() / np.square(w).sum()
+
+
+@pytest.mark.filterwarnings("ignore")  # tensorly's own, about its settings
+def test_r_tucker_without_statistics_is_as_good_as_tensorlys_tucker() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 16, 3)
+    fit = METHODS["r_tucker"].factorize(layer, (2, 3, 3, 2))
+    w = reshaped(layer)
+    core, factors = tucker(w, rank=[2, 3, 3, 2, 3, 3], n_iter_max=200, tol=1e-9)
+    theirs = tensorly.tucker_to_tensor((core, factors))
+    assert fit.error <= 1.01 * np.square(theirs - w).sum() / np.square(w).sum()
+
+
+@pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
+def test_a_start_is_never_made_worse(name: str, statistics_of: StatisticsOf) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 16, 3, padding=1, groups=1)
+    statistics = statistics_of(layer, smooth_input(layer))
+    ranks = METHODS[name].ranks(layer)[9]
+    fit = METHODS[name].factorize(layer, ranks, statistics)
+    again = METHODS[name].factorize(layer, ranks, statistics, start=fit.module)
+    assert again.error <= fit.error * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
+def test_a_metric_moves_the_error_away_from_the_outputs_that_count(name: str, statistics_of: StatisticsOf) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 18)
+    x = smooth_input(layer)
+    statistics = statistics_of(layer, x)
+    weights = torch.tensor([100.0] * 3 + [1.0] * 15)
+    ranks = (3,) if name == "r_cp" else (2, 4, 2, 4)
+    plain, aimed = (METHODS[name].factorize(layer, ranks, statistics, metric=m).module for m in (None, weights))
+    gap = lambda m: (m(x) - layer(x)).detach()[:, :3].std(0).sum()  # noqa: E731
+    assert gap(aimed) < gap(plain)
+
+
+@pytest.mark.parametrize(("name", "batch"), list(product(["r_cp", "r_tucker"], [1, 3, 7])))
+def test_an_exported_layer_takes_any_batch(name: str, batch: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 16, 3, padding=1, stride=2)
+    module = METHODS[name].factorize(layer, METHODS[name].ranks(layer)[5]).module.eval()
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(module, (torch.randn(4, 12, 9, 9),), dynamic_shapes=dynamic)
+    x = torch.randn(batch, 12, 9, 9)
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_variational_ranks_have_the_length_of_the_methods_ranks() -> None:
+    torch.manual_seed(0)
+    for layer in (nn.Conv2d(16, 24, 3, groups=2), nn.Linear(36, 20)):
+        weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
+        (rank,) = _evbmf("r_cp", weight, groups)
+        assert rank >= 1
+        ranks = _evbmf("r_tucker", weight, groups)
+        assert len(ranks) == 4
+        full = (*balanced(layer.weight.shape[1]), *balanced(layer.weight.shape[0] // groups))
+        assert all(1 <= r <= n for r, n in zip(ranks, full, strict=True))
