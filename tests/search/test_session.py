@@ -140,7 +140,7 @@ def test_a_profile_has_the_baseline_and_curves_below_the_dense_cost(job: Opened)
     assert profile.costs.latency_ms is not None
     sites = {s.site: s for s in profile.sites}
     assert {"conv2", "fc1"} <= set(sites)
-    assert set(sites["fc1"].curves) == {"svd", "tt_matrix"}
+    assert set(sites["fc1"].curves) == {"svd", "tt_matrix", "r_cp", "r_tucker"}
     assert "tucker2" in sites["conv2"].curves
     for site in profile.sites:
         assert site.sensitivity >= 0
