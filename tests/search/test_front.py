@@ -36,7 +36,7 @@ def row(number: int, drop: float | None, parameters: int, rung: Rung = Rung.CHEA
         stage=0,
         parent=None,
         params={},
-        plan={"a": SitePlan(method="svd", ranks=(number,))},
+        plan={"a": SitePlan(method="svd", ranks=(number + 1,))},
         state=TrialState.DONE,
         rung=rung,
         results={rung: result},
