@@ -80,18 +80,18 @@ class House:
     def until_a_trial_runs(self, job_id: str) -> Service:
         """Until one is under way with a checkpoint; returns the worker that runs it."""
 
-        def name() -> str | None:
+        running: list[Service] = []
+
+        def found() -> bool:
             with self.db.read() as s:
                 for task in tasks.live(s, job_id):
                     trial = task.kind is TaskKind.TRIAL and task.state is TaskState.RUNNING
-                    if trial and task.checkpoint_blob is not None:
-                        return task.worker
-            return None
+                    if trial and task.checkpoint_blob is not None and (service := self.service_of(task.worker)):
+                        running.append(service)
+            return bool(running)
 
-        self.until(lambda: name() is not None)
-        found = name()
-        assert found is not None
-        return self.service_of(found)
+        self.until(found)
+        return running[0]
 
     def until_done(self, job_id: str, seconds: float = 60) -> Job:
         self.until(lambda: self.job(job_id).state in (JobState.DONE, JobState.FAILED, JobState.CANCELLED), seconds)
@@ -121,10 +121,11 @@ class House:
         self.until(lambda: bool(found()))
         return found()[0]
 
-    def service_of(self, worker: str) -> Service:
-        """The process of a worker, whose name says its number: HOST-PID-MARK."""
-        pid = int(worker.split("-")[-2])
-        return next(s for s in self.group.services if s.process is not None and s.process.pid == pid)
+    def service_of(self, worker: str | None) -> Service | None:
+        """The process of a worker, whose name says its number: HOST-PID-MARK. None for a dead one's, whose lease has
+        not run out yet."""
+        pid = int(str(worker).split("-")[-2])
+        return next((s for s in self.group.services if s.process is not None and s.process.pid == pid), None)
 
     def close(self) -> None:
         self.group.stop()
