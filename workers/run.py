@@ -139,12 +139,11 @@ class Runner:
             case OSError(errno=number) if number in FULL:
                 self.processes.cool()
                 folder = scratch_root(self.settings)
-                message = (
-                    f"the disk of the worker's scratch folder {folder} is full: free some space, then extend the job"
-                )
+                again = "upload it again" if task.kind in INSPECTIONS else "extend the job"
+                message = f"the disk of the worker's scratch folder {folder} is full: free some space, then {again}"
                 return self._fail(task, "disk_full", message, retry=False)
             case Failed() | TenfoldError():
-                if isinstance(error, StorageFull) or error.code == "out_of_memory":
+                if isinstance(error, StorageFull) or error.code in ("out_of_memory", "disk_full"):
                     self.processes.cool()
                 return self._fail(task, error.code, error.message, retry=False)
         log.error("task %s", task.id, exc_info=error)
