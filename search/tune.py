@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Tuned:
-    """How a run went. The module itself then holds the best weights by the select split."""
+    """How a run went. The module itself then holds the best weights by the select split, or the last."""
 
     curve: tuple[EpochRecord, ...]
     outcome: Outcome
@@ -115,18 +115,21 @@ def fine_tune(
     runtime: Runtime | None = None,
     reference: Tensor | None = None,
     patience: int | None = None,
+    keep: Literal["best", "last"] = "best",
 ) -> Tuned:
     """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
 
     ``epochs`` may be a fraction. ``checkpoint``: a file that an earlier run of the same arguments saved; one of other
     arguments is not used. ``save``: where to keep this run's own, every ``save_every_s`` seconds; ``saved`` is
     told each time. ``reference``: the original's ``metrics.outputs`` on the select split, for the metrics that
-    compare with it. ``patience``: stop after so many evaluations in a row without a better one.
+    compare with it. ``patience``: stop after so many evaluations in a row without a better one. ``keep``: with
+    ``"last"`` it ends with the last weights instead, for a select split that the original was trained on: what a
+    network still remembers of those rows looks better there than anything that it learns.
 
     Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
     and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
     """
-    run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference)
+    run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference, keep)
     if run.total == 0:
         return Tuned((), Outcome.OK, 0.0, Precision.FLOAT32)
     notes = run.prepare(checkpoint)
@@ -158,9 +161,10 @@ class _Training:
         metric: Metric,
         runtime: Runtime,
         reference: Tensor | None,
+        keep: Literal["best", "last"],
     ) -> None:
         self.module, self.original, self.data, self.recipe = module, original, data, recipe
-        self.seed, self.metric, self.runtime, self.reference = seed, metric, runtime, reference
+        self.seed, self.metric, self.runtime, self.reference, self.keep = seed, metric, runtime, reference, keep
         self.epochs = epochs
         size = len(data.train)
         self.batch = runtime.fixed_batch or min(recipe.batch_size, size)
@@ -327,14 +331,14 @@ class _Training:
                 self.average[name].copy_(tensor)
 
     def _look(self) -> None:
-        """Evaluate on the select split, note it, and keep the weights if they are the best yet."""
+        """Evaluate on the select split, note it, and keep the weights if they are the best yet, or the last."""
         state = self.state
         trained = _copy(self.module.state_dict()) if self.recipe.ema else None
         if trained is not None:
             self.module.load_state_dict(self.average)
         seen = self._evaluate()
         state.stale += 1
-        if seen.finite and self._rank(seen) > state.best:
+        if seen.finite and (self.keep == "last" or self._rank(seen) > state.best):
             state.best, state.stale = self._rank(seen), 0
             self.best = _copy(self.module.state_dict())
         if trained is not None:

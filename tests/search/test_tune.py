@@ -111,6 +111,19 @@ def test_the_result_is_never_worse_than_the_start_on_the_select_split(blobs: Blo
     assert evaluate(student, blobs.select, Metric.ACCURACY).value >= start
 
 
+def test_the_last_weights_are_kept_where_the_select_split_cannot_tell(blobs: Blobs, teacher: nn.Module) -> None:
+    """The teacher itself is the best start there is: training at this rate can only make it worse."""
+    runs = {}
+    for keep in ("best", "last"):
+        runs[keep] = copy.deepcopy(teacher)
+        recipe = FAST.model_copy(update={"learning_rate": 1.0})
+        arguments = {"epochs": 1, "seed": 1, "metric": Metric.ACCURACY, "keep": keep}
+        tuned = fine_tune(runs[keep], teacher, blobs, recipe, **arguments)
+        assert tuned.outcome is Outcome.OK
+    assert torch.equal(weights(runs["best"]), weights(teacher))
+    assert not torch.equal(weights(runs["last"]), weights(teacher))
+
+
 def test_a_fraction_of_an_epoch_runs_that_many_steps(blobs: Blobs, teacher: nn.Module) -> None:
     tuned = fine_tune(network(), teacher, blobs, FAST, epochs=0.5, seed=0, metric=Metric.ACCURACY)
     assert tuned.epochs == 0.5
