@@ -1,0 +1,40 @@
+"""Ranks by analytic variational Bayes (``vbmf``) of the unfoldings that a method cuts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from search.calibrate import weight_of
+from search.vbmf import evbmf_rank
+
+__all__ = ["by_inputs", "by_outputs", "by_rows", "variational_rank"]
+
+
+def variational_rank(layer: nn.Module, unfold: Callable[[Tensor], Tensor]) -> int:
+    """The rank that stands out of the noise in one unfolding of the weight, at least 1.
+
+    ``unfold``: from (out, in, *kernel), of one group and in float64, to a matrix. With groups, the largest of all.
+    """
+    parts = weight_of(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
+    return max(1, *(_rank(unfold(part)) for part in parts))
+
+
+def _rank(matrix: Tensor) -> int:
+    """From the eigenvalues of the short side: the middle unfolding of a train is as large as a matrix can be."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    values = torch.linalg.eigvalsh(short @ short.T).clamp_min(0).sqrt()
+    return evbmf_rank(values.numpy(), (matrix.shape[0], matrix.shape[1]))
+
+
+def by_outputs(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def by_inputs(weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1).flatten(1)
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """(in * kernel rows, out * kernel columns)."""
+    return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
