@@ -13,6 +13,7 @@ from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
 from search.decompose import METHODS
+from search.decompose.shuffled import ShuffledMethod
 from search.decompose.tensor_train import tt_unfoldings
 from search.decompose.tt_matrix import TTMatrix
 from search.errors import BadRequest
@@ -117,6 +118,9 @@ def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
 
     ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
     """
+    shuffled = METHODS[method]
+    if isinstance(shuffled, ShuffledMethod):
+        return shuffled.variational_ranks(layer)
     parts = _weight(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
 
     def rank(by: str) -> int:

@@ -6,6 +6,7 @@ from search.decompose.cp4 import CP4
 from search.decompose.r_cp import RCP
 from search.decompose.r_tt import RTT
 from search.decompose.r_tucker import RTucker
+from search.decompose.shuffled import ShuffledCP, ShuffledTT, ShuffledTucker
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
 from search.decompose.tt import TT
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     for m in (
         *(SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT()),
         *(TTMatrix(), RTT(), RCP(), RTucker()),
+        *(ShuffledTT(), ShuffledTucker(), ShuffledCP()),
     )
 }
 """Every method by its name: what ``methods: "auto"`` may mix."""
