@@ -1,10 +1,10 @@
 """``shuffled_tt``, ``shuffled_tucker``, ``shuffled_cp`` (Li et al. 2018, RsTD): vec(K) = P vec(T), T of low rank.
 
-The dense kernels of all groups are one vector; P^-1 of it is a tensor T with balanced modes (``tensor_modes``), which is
-fitted in two steps. In the norm of the weights P does nothing, so T has the usual starts: TT-SVD, HOSVD, or CP from
-leading singular vectors, then alternating least squares. In the norm of C the permutation leaves no structure to whiten
-by, but T is still linear in each core: with J the map from one core to the kernel, J'(M^2 J(x) C) = J'(M^2 B C) is
-solved by conjugate gradients, core after core, which never raise the error.
+The dense kernels of all groups are one vector; P^-1 of it is a tensor T with balanced modes (``tensor_modes``). In the
+norm of the weights P does nothing, so T has the usual starts: TT-SVD, HOSVD, or CP by alternating least squares. In the
+norm of C the permutation leaves no structure to whiten by, but T is still linear in each core: with J the map from one
+core to the kernel, J'(M^2 J(x) C) = J'(M^2 B C) is solved by conjugate gradients, core after core, which never raise
+the error. C has few strong directions, so that this gains much over the start.
 
 A layer takes as many multiplications as the dense one, so only a cost that counts parameters can choose these methods.
 """
@@ -41,12 +41,12 @@ __all__ = ["ShuffledCP", "ShuffledMethod", "ShuffledTT", "ShuffledTucker"]
 
 Cores = list[Tensor]
 
-POINTS, FEW = 24, 6
+POINTS, FEW = 16, 6
 """Of a lattice, at most; a large layer has fewer: each point's true error is a product with C."""
 ERROR_MACS = 3e11
-CURVE_MACS = 4e10
+CURVE_MACS = 1e10
 """Multiplications that fitting may take for a whole curve."""
-FIT_MACS = 1e11
+FIT_MACS = 4e10
 """And for one fit, after what it takes on the curve."""
 STEPS = 8
 """Conjugate-gradient steps for one core, at most."""
@@ -122,7 +122,7 @@ class ShuffledMethod:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        """``thin`` keeps a point only if it is better than all cheaper ones; with rising ranks that makes it monotone."""
+        """``thin`` keeps a point only if it is better than all cheaper ones: with nested ranks it is monotone."""
         task, lattice = _Task(self.form, layer, statistics, metric), self.ranks(layer)
         starts, budget = self._starts(task, lattice[-1]), self._point_macs(layer)
         points = []
@@ -197,7 +197,7 @@ class ShuffledTucker(ShuffledMethod):
             rising.append(tuple(ranks))
         return rising
 
-    def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:  # noqa: ARG002
+    def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:
         """HOSVD (De Lathauwer et al. 2000): all lower ranks are corners of the whole one."""
         factors = [_leading(_unfolding(task.tensor, k)) for k in range(len(task.modes))]
         core = self.form.build([task.tensor, *(factor.T for factor in factors)]).reshape(task.modes)

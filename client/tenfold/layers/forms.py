@@ -87,7 +87,7 @@ class Tucker:
 class CP:
     name: ClassVar[str] = "cp"
 
-    def count(self, order: int) -> int:  # noqa: ARG002 - the same for every order
+    def count(self, order: int) -> int:
         return 1
 
     def shapes(self, modes: Sequence[int], ranks: Sequence[int]) -> Shapes:

@@ -54,7 +54,7 @@ class TestShuffledCP(Contract):
     layers = shuffled_layers()
 
     @staticmethod
-    def full(layer: nn.Module) -> tuple[int, ...]:  # noqa: ARG004 - planted, not exact
+    def full(layer: nn.Module) -> tuple[int, ...]:
         return (2,)
 
     def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
