@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from search import checkpoints, cost
+from search.baseline import seen_before
 from search.data import Data
 from search.intake import LiftedModel
 from search.metrics import Evaluation, Samples, evaluate, outputs
@@ -86,6 +87,11 @@ class Bench:
     @cached_property
     def on_verify(self) -> Evaluation:
         return self.verify(self.original)
+
+    @cached_property
+    def seen_before(self) -> str | None:
+        """Advice, when the original must have been trained on the select split."""
+        return seen_before(self.metric, self.on_select, self.on_verify)
 
     def select(self, network: nn.Module) -> Evaluation:
         return self._evaluate(network, self.data.select, self.reference if self.relative else None)

@@ -12,16 +12,11 @@ from torch import Tensor, fx, nn
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import METHODS
-from search.decompose.shuffled import ShuffledMethod
-from search.decompose.tensor_train import tt_unfoldings
-from search.decompose.tt_matrix import TTMatrix
+from search.decompose import AUTO, METHODS
 from search.errors import BadRequest
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
-from search.vbmf import evbmf_rank
-from tenfold.layers.reshaped import balanced
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -35,7 +30,7 @@ PROBE_S = 60.0
 def methods_of(bench: Bench) -> tuple[str, ...]:
     """The methods that the job may use. Raises BadRequest for one that does not exist."""
     if bench.spec.methods == "auto":
-        return tuple(METHODS)
+        return AUTO
     unknown = [m for m in bench.spec.methods if m not in METHODS]
     if unknown:
         raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(METHODS)}")
@@ -99,7 +94,7 @@ def _choice(
             curve = _with_start(curve, ranks, cost)
         if curve:
             curves[name] = curve
-            evbmf[name] = _evbmf(name, layer)
+            evbmf[name] = method.variational_ranks(layer)
     return SiteChoice(
         site=info.name, dense_parameters=info.parameters, dense_macs=info.macs, curves=curves, evbmf=evbmf
     )
@@ -111,60 +106,6 @@ def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tup
         return curve
     start = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=0.0)
     return tuple(sorted((*curve, start), key=lambda p: (p.parameters, p.macs)))
-
-
-def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
-    """Ranks by variational Bayes of the unfoldings that a method cuts; per group, the largest of all groups.
-
-    ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
-    """
-    shuffled = METHODS[method]
-    if isinstance(shuffled, ShuffledMethod):
-        return shuffled.variational_ranks(layer)
-    parts = _weight(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
-
-    def rank(by: str) -> int:
-        return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in parts))
-
-    if method == "tucker2":
-        return rank("in"), rank("out")
-    if method == "tt":
-        return rank("in"), rank("rows"), rank("out")
-    tensor_train = METHODS[method]
-    if isinstance(tensor_train, TTMatrix):
-        modes = tensor_train.modes(layer)
-        found = [[_rank_of_gram(u) for u in tt_unfoldings(part.flatten(1), *modes)] for part in parts]
-        return tuple(max(1, *ranks) for ranks in zip(*found, strict=True))
-    if method == "svd_input":
-        return (rank("in"),)
-    if method in ("cp3", "cp4"):
-        # No sum of fewer terms has these ranks in both unfoldings.
-        return (max(rank("in"), rank("out")),)
-    if method == "r_tucker":
-        return rank("in1"), rank("in2"), rank("out1"), rank("out2")
-    return (rank({"spatial_svd": "rows", "r_cp": "pair"}.get(method, "out")),)
-
-
-def _rank_of_gram(matrix: Tensor) -> int:
-    """EVBMF from the eigenvalues of the short side: an unfolding in the middle of a train is as large as it can be."""
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values = torch.linalg.eigvalsh(short @ short.T).clamp_min(0).sqrt()
-    return evbmf_rank(values.numpy(), (matrix.shape[0], matrix.shape[1]))
-
-
-def _unfolded(weight: Tensor, by: str) -> Tensor:
-    """(out, in, *kernel) as a matrix: outputs, inputs, (inputs, kernel rows), or reshaped modes apart from the rest."""
-    if by == "in":
-        return weight.transpose(0, 1).flatten(1)
-    if by == "rows":
-        return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
-    if by in ("in1", "in2", "out1", "out2", "pair"):
-        (t1, t2), (s1, s2) = balanced(weight.shape[0]), balanced(weight.shape[1])
-        modes = weight.reshape(t1, t2, s1, s2, -1)
-        if by == "pair":
-            return modes.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
-        return modes.movedim(("out1", "out2", "in1", "in2").index(by), 0).flatten(1)
-    return weight.flatten(1)
 
 
 def _importance(network: nn.Module) -> dict[str, Tensor]:

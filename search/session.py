@@ -132,7 +132,7 @@ class Session:
             costs=Costs(parameters=parameters, macs=macs, bytes=stored, latency_ms=dense_ms, dense_latency_ms=dense_ms),
             sites=sites,
             seconds=time.monotonic() - began,
-            notes=tuple(n for n in (baseline.seen_before(bench.metric, original, bench.on_verify),) if n),
+            notes=tuple(n for n in (bench.seen_before,) if n),
         )
 
     def trial(

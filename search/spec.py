@@ -169,8 +169,10 @@ class DataSpec(Value):
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: ``{"image": "img", "label": "fine_label"}`` for tables."""
     transform: Transform = Transform()
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the training rows held out when the file has no validation split."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows held out when the file has no validation split. None: half of the test split is used
+    for validation, and a fifth of the training rows only where there is no test split either. A trained network has
+    usually seen its training rows, and what compression costs does not show on those."""
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share held out for verification when the file has no test split; 0 takes half of validation."""
     seed: int = 0

@@ -181,9 +181,10 @@ def _train(
         report=bench.report,
         runtime=bench.runtime,
         reference=bench.reference if bench.relative else None,
+        keep="best" if bench.seen_before is None else "last",
     )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
-    found.notes += [*tuned.notes, f"trained in {tuned.precision}"]
+    found.notes += tuned.notes
     found.seen = bench.select(network)
 
 

@@ -13,13 +13,16 @@ Indices = NDArray[np.int64]
 Part = tuple[Rows, Indices | None]
 """Stored rows and which of them; None means all, in order."""
 
+VALIDATION = 0.2
+"""Share of the training rows that choose, where nothing else is there to do so."""
 LEAST = {"train": 8, "select": 2, "verify": 2}
 """Rows below which a part cannot do its work at all."""
 
 
 def three_parts(raw: Raw, spec: DataSpec) -> dict[str, Part]:
     """``train``, ``select``, ``verify``. Verify is the test split if there is one; else ``spec.test`` of the training
-    rows; else half of validation. Validation that is missing is held out of the training rows.
+    rows; else half of validation. Validation that is missing is the other half of the test split, unless
+    ``spec.validation`` asks for training rows or there is no test split.
 
     Raises BadData when a split is missing, empty or too small.
     """
@@ -36,16 +39,17 @@ def three_parts(raw: Raw, spec: DataSpec) -> dict[str, Part]:
     if verify is None and spec.test > 0:
         train_rows, held = hold_out(train, train_rows, spec.test, spec.seed + 1)
         verify = (train, held)
-    if "val" in raw.splits:
-        select: Part = (raw.splits["val"], None)
-    else:
-        share = min(spec.validation / (1 - spec.test), 0.9) if train_rows is not None else spec.validation
+    select: Part | None = (raw.splits["val"], None) if "val" in raw.splits else None
+    if select is None and (spec.validation is not None or "test" not in raw.splits):
+        share = VALIDATION if spec.validation is None else spec.validation
+        share = min(share / (1 - spec.test), 0.9) if train_rows is not None else share
         train_rows, held = hold_out(train, train_rows, share, spec.seed)
         select = (train, held)
-    if verify is None:
-        rows, chosen = select
-        kept, held = hold_out(rows, chosen, 0.5, spec.seed + 2)
-        select, verify = (rows, kept), (rows, held)
+    if select is None or verify is None:
+        whole = select or verify
+        assert whole is not None  # noqa: S101 - without a test split, validation was held out
+        kept, held = hold_out(*whole, 0.5, spec.seed + 2)
+        select, verify = (whole[0], kept), (whole[0], held)
     parts = {"train": (train, train_rows), "select": select, "verify": verify}
     for name, part in parts.items():
         _check_size(name, part)

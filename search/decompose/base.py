@@ -86,6 +86,9 @@ class Method(Protocol):
         stride are estimated from the strides (exact for the usual padding of half a kernel).
         """
 
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        """The ranks that analytic variational Bayes finds in the weight (``vbmf``), each at least 1."""
+
     def factorize(
         self,
         layer: nn.Module,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from search.calibrate import Statistics, weight_of
 from search.decompose.base import Fit, Problem, bias_parameters, fill, geometry, problems, relative, thin
 from search.decompose.projection import conjugate_gradients
+from search.decompose.variational import by_inputs, by_outputs, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -81,6 +82,10 @@ class CP:
         most = min((out * n - 1) // (out + sum(sizes)), _exact_rank(out, *sizes))
         count = RANKS if out * n <= LARGE else LARGE_RANKS
         return tuple((r,) for r in sorted({round(most ** (i / (count - 1))) for i in range(count)}) if r <= most)
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        """No sum of fewer terms has these ranks in both unfoldings."""
+        return (max(variational_rank(layer, by_inputs), variational_rank(layer, by_outputs)),)
 
     def factorize(
         self,

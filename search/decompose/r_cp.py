@@ -34,6 +34,7 @@ from search.decompose.base import (
     thin,
 )
 from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separable
+from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 from tenfold.layers.reshaped import cp_order
@@ -89,6 +90,15 @@ class RCP:
             return parameters, modes.groups * r * (chain + s1 * s2 * modes.taps) * output_positions
         before = input_positions(layer, output_positions, input_sizes)
         return parameters, modes.groups * r * (chain * before + t1 * t2 * modes.taps * output_positions)
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        """Its rank is that of no unfolding; (s1, t1) against the rest bounds it from below."""
+        modes = modes_of(layer)
+
+        def pair(weight: Tensor) -> Tensor:
+            return weight.reshape(*modes.t, *modes.s, -1).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+
+        return (variational_rank(layer, pair),)
 
     def factorize(
         self,

@@ -11,7 +11,7 @@ ranks that are used, alternating least squares refines each factor in the norm o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from search.decompose.base import (
     thin,
 )
 from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separable
+from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 from tenfold.layers.reshaped import second_first
@@ -69,6 +70,15 @@ class RTucker:
         core = math.prod(ranks) * modes.taps
         macs = _product_macs(modes.s, a) * before + (core + _product_macs(b, modes.t)) * output_positions
         return _count(modes, ranks) + bias_parameters(layer), modes.groups * macs
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        modes = modes_of(layer)
+
+        def by(axis: int) -> Callable[[Tensor], Tensor]:
+            return lambda weight: weight.reshape(*modes.t, *modes.s, -1).movedim(axis, 0).flatten(1)
+
+        in1, in2, out1, out2 = (variational_rank(layer, by(axis)) for axis in (2, 3, 0, 1))
+        return in1, in2, out1, out2
 
     def factorize(
         self,

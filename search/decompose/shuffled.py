@@ -29,7 +29,7 @@ from search.decompose.base import (
     relative,
     thin,
 )
-from search.decompose.tensor_train import equal_norms, tt_round, tt_svd, tt_unfoldings
+from search.decompose.tensor_train import equal_norms, tt_round, tt_svd, tt_unfolding
 from search.spec import CurvePoint
 from search.vbmf import evbmf_rank
 from tenfold.layers import factorized_like
@@ -180,8 +180,9 @@ class ShuffledTT(ShuffledMethod):
         return lambda ranks: [core.squeeze(2) for core in tt_round(train, ranks)]
 
     def _variational(self, tensor: Tensor) -> tuple[int, ...]:
-        matrices = tt_unfoldings(tensor.reshape(-1, 1), tensor.shape, (1,) * tensor.dim())
-        return tuple(max(1, evbmf_rank(matrix.numpy())) for matrix in matrices)
+        vector, ones = tensor.reshape(-1, 1), (1,) * tensor.dim()
+        unfoldings = (tt_unfolding(vector, tensor.shape, ones, k) for k in range(1, tensor.dim()))
+        return tuple(max(1, evbmf_rank(matrix.numpy())) for matrix in unfoldings)
 
 
 class ShuffledTucker(ShuffledMethod):

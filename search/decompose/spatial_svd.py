@@ -25,6 +25,7 @@ from search.decompose.base import (
     thin,
 )
 from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
+from search.decompose.variational import by_rows, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -55,6 +56,9 @@ class SpatialSVD:
         first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         middle = middle_positions(layer, output_positions, input_sizes)
         return first + last + bias_parameters(layer), first * middle + last * output_positions
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (variational_rank(layer, by_rows),)
 
     def factorize(
         self,

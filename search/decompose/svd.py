@@ -22,6 +22,7 @@ from search.decompose.base import (
     relative,
     thin,
 )
+from search.decompose.variational import by_outputs, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -60,6 +61,9 @@ class SVD:
         _, out, n = weight.shape
         factors = groups * ranks[0] * (out + n)
         return factors + bias_parameters(layer), factors * output_positions
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (variational_rank(layer, by_outputs),)
 
     def factorize(
         self,

@@ -18,7 +18,7 @@ multiplications. Where the budgets leave no step (on a curve beyond about 256 ch
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from search.decompose.base import Problem
 from tenfold.layers.tensor_train import build
 
-__all__ = ["Train", "Whitened", "equal_norms", "refit", "tt_round", "tt_svd", "tt_unfoldings", "whiten"]
+__all__ = ["Train", "Whitened", "equal_norms", "refit", "tt_round", "tt_svd", "tt_unfolding", "whiten"]
 
 Train = list[Tensor]
 
@@ -61,10 +61,9 @@ def tt_svd(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], ra
     return [*cores, rest.reshape(r, out_modes[-1], in_modes[-1], 1)]
 
 
-def tt_unfoldings(matrix: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Iterator[Tensor]:
-    """The d - 1 matrices whose ranks are the train's: the first k digits of both against all others."""
-    tensor = _paired_digits(matrix, out_modes, in_modes)
-    return (tensor.flatten(0, 2 * k - 1).flatten(1) for k in range(1, len(out_modes)))
+def tt_unfolding(matrix: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], k: int) -> Tensor:
+    """The matrix whose rank is the train's r_k: the first k digits of both against all others."""
+    return _paired_digits(matrix, out_modes, in_modes).flatten(0, 2 * k - 1).flatten(1)
 
 
 def tt_round(cores: Sequence[Tensor], rank: int | Sequence[int]) -> Train:

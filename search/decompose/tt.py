@@ -32,6 +32,7 @@ from search.decompose.base import (
     thin,
 )
 from search.decompose.projection import WARM_SWEEPS, Nested, alternate, project, refine, restrict, solve
+from search.decompose.variational import by_inputs, by_outputs, by_rows, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -85,6 +86,9 @@ class TT:
             + rest * output_positions
         )
         return first + tall + rest + bias_parameters(layer), macs
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(variational_rank(layer, unfold) for unfold in (by_inputs, by_rows, by_outputs))
 
     def factorize(
         self,

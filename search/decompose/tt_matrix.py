@@ -5,7 +5,7 @@ r_k share, each clipped to what is exact at its place; the algebra is in ``tenso
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from search.decompose.tensor_train import (
     refit,
     tt_round,
     tt_svd,
+    tt_unfolding,
     whiten,
 )
+from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 from tenfold.layers.tensor_train import TTShape, linear_modes, linear_order
@@ -90,6 +92,14 @@ class TTMatrix:
             "dense": shape.build + shape.out * shape.in_ * output_positions,
         }[linear_order(shape)]
         return shape.parameters + bias_parameters(layer), macs
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        out_modes, in_modes = self.modes(layer)
+
+        def up_to(k: int) -> Callable[[Tensor], Tensor]:
+            return lambda weight: tt_unfolding(weight.flatten(1), out_modes, in_modes, k)
+
+        return tuple(variational_rank(layer, up_to(k)) for k in range(1, len(out_modes)))
 
     def factorize(
         self,

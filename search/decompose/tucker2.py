@@ -25,6 +25,7 @@ from search.decompose.base import (
     thin,
 )
 from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
+from search.decompose.variational import by_inputs, by_outputs, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -67,6 +68,9 @@ class Tucker2:
         first, rest = groups * low * c_in, groups * (low * taps * high + high * c_out)
         macs = first * input_positions(layer, output_positions, input_sizes) + rest * output_positions
         return first + rest + bias_parameters(layer), macs
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return variational_rank(layer, by_inputs), variational_rank(layer, by_outputs)
 
     def factorize(
         self,
@@ -150,6 +154,9 @@ class SVDInput:
         first, last = (geometry(layer)[0] * ranks[0] * size for size in (c_in, taps * c_out))
         macs = first * input_positions(layer, output_positions, input_sizes) + last * output_positions
         return first + last + bias_parameters(layer), macs
+
+    def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (variational_rank(layer, by_inputs),)
 
     def factorize(
         self,

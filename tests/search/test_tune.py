@@ -111,6 +111,19 @@ def test_the_result_is_never_worse_than_the_start_on_the_select_split(blobs: Blo
     assert evaluate(student, blobs.select, Metric.ACCURACY).value >= start
 
 
+def test_the_last_weights_are_kept_where_the_select_split_cannot_tell(blobs: Blobs, teacher: nn.Module) -> None:
+    """The teacher itself is the best start there is: training at this rate can only make it worse."""
+    runs = {}
+    for keep in ("best", "last"):
+        runs[keep] = copy.deepcopy(teacher)
+        recipe = FAST.model_copy(update={"learning_rate": 1.0})
+        arguments = {"epochs": 1, "seed": 1, "metric": Metric.ACCURACY, "keep": keep}
+        tuned = fine_tune(runs[keep], teacher, blobs, recipe, **arguments)
+        assert tuned.outcome is Outcome.OK
+    assert torch.equal(weights(runs["best"]), weights(teacher))
+    assert not torch.equal(weights(runs["last"]), weights(teacher))
+
+
 def test_a_fraction_of_an_epoch_runs_that_many_steps(blobs: Blobs, teacher: nn.Module) -> None:
     tuned = fine_tune(network(), teacher, blobs, FAST, epochs=0.5, seed=0, metric=Metric.ACCURACY)
     assert tuned.epochs == 0.5
@@ -153,7 +166,7 @@ def test_a_checkpoint_of_another_run_is_not_used(blobs: Blobs, teacher: nn.Modul
     fresh, other = network(seed=2), network(seed=2)
     tuned = fine_tune(fresh, teacher, blobs, FAST, epochs=1, seed=2, metric=Metric.ACCURACY, checkpoint=path)
     fine_tune(other, teacher, blobs, FAST, epochs=1, seed=2, metric=Metric.ACCURACY)
-    assert "began anew" in tuned.notes[0]
+    assert "began anew" in tuned.notes[-1]
     assert torch.equal(weights(fresh), weights(other))
 
 

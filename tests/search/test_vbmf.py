@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from search.decompose import METHODS
 from search.vbmf import evbmf_rank, weakened
 
 
@@ -38,3 +41,22 @@ def test_weakening_goes_from_full_to_the_chosen_rank() -> None:
     assert weakened(10, 64, 1.0) == 10
     assert weakened(10, 64, 0.8) == 20
     assert weakened(0, 64, 1.0) == 1
+
+
+@pytest.mark.parametrize("method", ["svd", "svd_input", "tucker2", "cp3"])
+def test_a_kernel_compressed_before_is_judged_by_its_core(method: str) -> None:
+    """Four directions stand out of noise; cutting the noise to twelve must not make the other eight a signal."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def orthonormal(rows: int, columns: int) -> torch.Tensor:
+        return torch.linalg.qr(normal(rows, columns))[0]
+
+    core = 0.02 * normal(12, 12, 3, 3)
+    core[:4, :4] += normal(4, 4, 3, 3)
+    layer = nn.Conv2d(24, 32, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.einsum("oa,ib,abhw->oihw", orthonormal(32, 12), orthonormal(24, 12), core))
+    assert set(METHODS[method].variational_ranks(layer)) == {4}

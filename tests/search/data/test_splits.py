@@ -59,6 +59,15 @@ def test_without_validation_a_share_of_train_is_held_out_and_test_verifies(read:
     assert min(found["verify"]) >= 5000
 
 
+def test_without_validation_half_of_test_chooses_for_the_training_rows_were_seen(read: Read, npz: Write) -> None:
+    path = npz({"x_train": IDS[:700], "y_train": LABELS[:700], "x_test": IDS[700:], "y_test": LABELS[700:]})
+    data = read(path)
+    found = rows(data)
+    assert sizes(data) == (700, 150, 150)
+    assert found["train"] == list(range(700))
+    assert sorted(found["select"] + found["verify"]) == list(range(700, 1000))
+
+
 def test_one_array_is_split_by_the_fractions_and_never_overlaps(read: Read, npz: Write) -> None:
     path = npz({"x": IDS, "y": LABELS})
     for fields, expected in (

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from search.calibrate import Statistics
 from search.decompose import METHODS, Method
-from search.profiling import _evbmf
 from tenfold.layers import FactorizedLayer, factorized_like
 
 from .conftest import smooth_input
@@ -133,7 +132,7 @@ class Contract:
 
     def test_analytic_ranks_are_as_many_as_the_methods(self, name: str) -> None:
         layer = self.layers[name]()
-        found = _evbmf(self.method, layer)
+        found = self.m.variational_ranks(layer)
         assert len(found) == len(self.m.ranks(layer)[0])
         assert min(found) >= 1
 

@@ -12,7 +12,6 @@ from search.decompose import METHODS
 from search.decompose.base import problems
 from search.decompose.tensor_train import refit, whiten
 from search.decompose.tt_matrix import tt_round, tt_svd
-from search.profiling import _evbmf
 from tenfold.layers import RTTConv, TTLinear
 from tenfold.layers.tensor_train import TTShape, balanced, build, conv_modes, linear_modes
 
@@ -262,7 +261,7 @@ def test_variational_ranks_are_one_for_each_unfolding_and_find_a_planted_train(l
     with torch.no_grad():
         layer.weight.copy_(torch.cat([train[0, :, :, 0] for train in trains]).reshape(layer.weight.shape))
         layer.weight.add_(1e-3 * torch.randn_like(layer.weight))
-    assert _evbmf(method, layer) == planted
+    assert METHODS[method].variational_ranks(layer) == planted
 
 
 def test_each_names_the_other_for_the_layers_it_does_not_take() -> None:
