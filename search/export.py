@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 import torch
+from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +26,9 @@ CHECK_ROWS = 2048
 CHECK_BYTES = 16 << 20
 """Of the inputs in check.npz, whichever limit comes first."""
 CHECK_BATCH = 32
+FOLDED = 256
+"""Constants of an ONNX graph are folded up to so many elements, and beyond where that does not make the file larger: a
+kernel's cores stay cores."""
 
 
 class Signature(Protocol):
@@ -95,16 +99,13 @@ def write_onnx(graph: Path, names: Sequence[str], path: Path) -> Path:
     outputs = [f"output_{i}" if i else "output" for i in range(len(program.graph_signature.user_outputs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter uses what torch itself has deprecated
-        torch.onnx.export(
-            program,
-            (),
-            path,
-            dynamo=True,
-            external_data=False,
-            input_names=list(names),
-            output_names=outputs,
-            verbose=False,
+        made = torch.onnx.export(
+            program, (), dynamo=True, optimize=False, input_names=list(names), output_names=outputs, verbose=False
         )
+        if made is None:
+            raise AssertionError("the exporter hands its program back where no file is named")
+        optimize_ir(made.model, output_size_limit=FOLDED)
+    made.save(path, external_data=False)
     model = onnx.load(path)
     _strip(model.graph)
     for function in model.functions:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import METHODS
+from search.decompose import AUTO, METHODS
 from search.errors import BadRequest
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
@@ -30,7 +30,7 @@ PROBE_S = 60.0
 def methods_of(bench: Bench) -> tuple[str, ...]:
     """The methods that the job may use. Raises BadRequest for one that does not exist."""
     if bench.spec.methods == "auto":
-        return tuple(METHODS)
+        return AUTO
     unknown = [m for m in bench.spec.methods if m not in METHODS]
     if unknown:
         raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(METHODS)}")

@@ -107,6 +107,7 @@ class Cost(StrEnum):
 METHOD_NAMES = (
     *("svd", "svd_input", "spatial_svd", "tucker2", "cp3", "cp4", "tt"),
     *("tt_matrix", "r_tt", "r_cp", "r_tucker"),
+    *("shuffled_tt", "shuffled_tucker", "shuffled_cp"),
 )
 """What ``JobSpec.methods`` may name: the keys of ``search.decompose.METHODS``, known here without torch."""
 

@@ -6,19 +6,24 @@ from search.decompose.cp4 import CP4
 from search.decompose.r_cp import RCP
 from search.decompose.r_tt import RTT
 from search.decompose.r_tucker import RTucker
+from search.decompose.shuffled import ShuffledCP, ShuffledMethod, ShuffledTT, ShuffledTucker
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
 from search.decompose.tt import TT
 from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 
-__all__ = ["METHODS", "Fit", "Method"]
+__all__ = ["AUTO", "METHODS", "Fit", "Method"]
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         *(SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT()),
         *(TTMatrix(), RTT(), RCP(), RTucker()),
+        *(ShuffledTT(), ShuffledTucker(), ShuffledCP()),
     )
 }
-"""Every method by its name: what ``methods: "auto"`` may mix."""
+"""Every method by its name."""
+
+AUTO: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod))
+"""What ``methods: "auto"`` mixes. Shuffled kernels save no multiplications and take longest to fit: by name only."""

@@ -112,7 +112,10 @@ class Method(Protocol):
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        """Error against cost, cheapest first, at most 60 points, none dominated, none as dear as the dense layer."""
+        """Error against cost, cheapest first, at most 60 points, none dominated.
+
+        None has as many parameters as the dense layer, or more MACs.
+        """
 
 
 @dataclass
@@ -271,10 +274,11 @@ def ranks_between(low: int, high: int, count: int) -> list[int]:
 def thin(points: Sequence[CurvePoint], dense: tuple[int, int]) -> tuple[CurvePoint, ...]:
     """What is worth offering, cheapest first, at most 60 points.
 
-    A point as dear as the dense layer (in parameters or MACs) never is. A point is worth it when nothing cheaper is as
-    good, counting parameters, MACs, or both relative to the dense layer.
+    A point with as many parameters as the dense layer, or more MACs, never is; one with the dense layer's MACs saves
+    parameters alone. A point is worth it when nothing cheaper is as good, counting parameters, MACs, or both relative
+    to the dense layer.
     """
-    cheaper = [p for p in points if p.parameters < dense[0] and p.macs < dense[1]]
+    cheaper = [p for p in points if p.parameters < dense[0] and p.macs <= dense[1]]
     costs: tuple[Callable[[CurvePoint], float], ...] = (
         lambda p: p.parameters,
         lambda p: p.macs,

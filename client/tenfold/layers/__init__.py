@@ -10,6 +10,14 @@ from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
+from .shuffled import (
+    ShuffledCPConv,
+    ShuffledCPLinear,
+    ShuffledTTConv,
+    ShuffledTTLinear,
+    ShuffledTuckerConv,
+    ShuffledTuckerLinear,
+)
 from .tensor_train import RTTConv, TTLinear
 
 __all__ = [
@@ -25,6 +33,12 @@ __all__ = [
     "ReshapedCPLinear",
     "ReshapedTuckerConv2d",
     "ReshapedTuckerLinear",
+    "ShuffledCPConv",
+    "ShuffledCPLinear",
+    "ShuffledTTConv",
+    "ShuffledTTLinear",
+    "ShuffledTuckerConv",
+    "ShuffledTuckerLinear",
     "SpatialSVDConv2d",
     "TTConv2d",
     "TTLinear",
@@ -47,6 +61,9 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     ReshapedCPConv2d,
     ReshapedTuckerLinear,
     ReshapedTuckerConv2d,
+    *(ShuffledTTLinear, ShuffledTTConv),
+    *(ShuffledTuckerLinear, ShuffledTuckerConv),
+    *(ShuffledCPLinear, ShuffledCPConv),
 )
 
 

@@ -100,14 +100,16 @@ class Contract:
         x = smooth_input(layer, samples=1)[:1]
         sizes = tuple(x.shape[2:])
         for ranks in self.m.ranks(layer)[::7]:
-            module = factorized_like(layer, self.method, ranks)
+            module = factorized_like(layer, self.method, ranks).eval()  # as the search counts
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 module(x)
             parameters, macs = self.m.cost(layer, ranks, output_positions(layer, x), input_sizes=sizes)
             assert parameters == sum(p.numel() for p in module.parameters())
             assert macs == counter.get_total_flops() // 2
 
-    def test_every_point_is_strictly_cheaper_than_the_dense_layer(self, name: str, statistics_of: StatisticsOf) -> None:
+    def test_every_point_has_fewer_parameters_and_no_more_macs_than_the_dense_layer(
+        self, name: str, statistics_of: StatisticsOf
+    ) -> None:
         layer = self.layers[name]()
         x = smooth_input(layer)
         positions = output_positions(layer, x)
@@ -117,7 +119,7 @@ class Contract:
             layer(x[:1])
         for point in curve:
             assert point.parameters < sum(p.numel() for p in layer.parameters())
-            assert point.macs < counter.get_total_flops() // 2
+            assert point.macs <= counter.get_total_flops() // 2
 
     def test_it_computes_what_its_dense_layer_computes(self, name: str) -> None:
         layer = self.layers[name]()
