@@ -39,8 +39,12 @@ JOINTS = (
 )
 """The order of the keypoints; ``head`` is the top of the head."""
 
-LIMBS = ((0, 1), (2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13))
-"""Pairs of joints that a bone connects: for whoever draws what was found."""
+LIMBS = (
+    *((0, 1), (2, 5), (8, 11), (2, 8), (5, 11)),  # head and trunk
+    *((2, 3), (3, 4), (5, 6), (6, 7)),  # arms
+    *((8, 9), (9, 10), (11, 12), (12, 13)),  # legs
+)
+"""Pairs of joints that a line connects: for whoever draws what was found."""
 
 SUPERSAMPLING = 2
 """Shapes are drawn this many times larger and averaged down, so that edges carry sub-pixel positions."""
