@@ -27,8 +27,8 @@ RATIOS = (1.35, 1.8, 4.0, 10.0)
 
 FORMS: dict[str, type[Factored]] = {
     "joint Tucker": JointTucker,
-    "joint MPS": JointMPS,
     "layer-wise Tucker": LayerwiseTucker,
+    "joint MPS": JointMPS,
 }
 
 HALF = "joint Tucker, half of the architecture's ranks"
@@ -113,8 +113,8 @@ def _forms(shape: Shape, seed: int) -> Iterator[tuple[str, Factored]]:
     """The rows of one seed; the dense one first."""
     torch.manual_seed(seed)
     yield "dense", Dense(shape)
-    for ratio in RATIOS:
-        for name, form in FORMS.items():
+    for name, form in FORMS.items():
+        for ratio in RATIOS:
             torch.manual_seed(seed)
             yield name, form.at(shape, ratio)
     torch.manual_seed(seed)
