@@ -40,10 +40,11 @@ def train(
 ) -> StackedHourglass:
     """Adam on the mean squared error of every stack's heatmaps; in place. ``step`` is told each batch's loss.
 
-    Returns the network, on ``device`` and ready for inference.
+    Returns the network, on ``device`` and ready for inference. Raises ValueError for epochs that are not positive.
     """
+    if not epochs > 0:
+        raise ValueError(f"training takes a number of epochs above 0 (a part of one will do), got {epochs}")
     rows, side = figures.images.shape[:2]
-    targets = torch.from_numpy(heatmaps(figures.keypoints, side, side // STEM))
     network.to(device).train()
     steps = steps_of(rows, epochs, batch)
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
@@ -51,8 +52,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(math.ceil(epochs))])
     for chosen in torch.split(order, batch)[:steps]:
-        wanted = targets[chosen].to(device)
-        with torch.autocast(device, torch.bfloat16):
+        wanted = torch.from_numpy(heatmaps(figures.keypoints[chosen.numpy()], side, side // STEM)).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             stacks = network(_pixels(figures, chosen.numpy(), device))
         loss = torch.stack([mse_loss(maps.float(), wanted) for maps in stacks]).sum()
         optimizer.zero_grad()

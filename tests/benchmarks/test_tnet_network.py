@@ -94,6 +94,11 @@ def test_the_same_seed_trains_the_same_network() -> None:
     assert (weights(1) != weights(2)).any()
 
 
+def test_training_of_no_epoch_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0"):
+        train(network(Dense), render(2, side=32), epochs=0)
+
+
 def test_a_step_is_a_whole_batch() -> None:
     assert steps_of(3000, 2.5) == 234
     assert steps_of(10, 0.01) == 1
