@@ -2,6 +2,7 @@
 
     python -m benchmarks.figures --out figures.npz
 
+The file has, for each split, images ``x``, keypoints ``y`` and head sizes ``length``: the service's task ``keypoints``.
 A stand-in for a human-pose data set that needs no download: limbs of any angle, length and colour, self-occlusion,
 distracting shapes, noise. A figure faces the viewer, leans by up to 40° and has its left limbs darker than its right
 ones, so that left and right can be told apart. Keypoints are ``(x, y)`` in pixels; pixel ``i`` has its centre at ``i``.
@@ -270,29 +271,25 @@ def _shaded(colour: Colour, shade: float) -> Colour:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the .npz: for each split images x, heatmaps y, keypoints, heads"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="the .npz")
     parser.add_argument("--train", type=int, default=3000, help="rows")
     parser.add_argument("--val", type=int, default=500, help="rows")
     parser.add_argument("--test", type=int, default=500, help="rows")
     parser.add_argument("--side", type=int, default=64, help="of an image, pixels")
-    parser.add_argument("--map", type=int, default=16, help="side of a heatmap, cells")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arrays: dict[str, NDArray[np.generic]] = {}
     for offset, split in enumerate(("train", "val", "test")):
-        # Seeds far apart: no figure of one split is one of another, whatever the seed.
+        # No split's seed is another's, whatever the seed that was asked for.
         figures = render(getattr(arguments, split), side=arguments.side, seed=3 * arguments.seed + offset)
         arrays |= {
             f"x_{split}": figures.images,
-            f"y_{split}": heatmaps(figures.keypoints, arguments.side, arguments.map),
-            f"keypoints_{split}": figures.keypoints,
-            f"heads_{split}": figures.heads,
+            f"y_{split}": figures.keypoints,
+            f"length_{split}": figures.heads,
         }
     np.savez(arguments.out, allow_pickle=False, **arrays)
     for key, values in arrays.items():
-        print(f"{key:15} {values.dtype} {values.shape}")
+        print(f"{key:12} {values.dtype} {values.shape}")
     print(arguments.out)
 
 

@@ -85,12 +85,14 @@ def test_the_file_holds_three_splits_without_a_figure_in_common(
 ) -> None:
     out = tmp_path / "figures.npz"
     sizes = ["--train", "3", "--val", "2", "--test", "2"]
-    monkeypatch.setattr(sys, "argv", ["figures", "--out", str(out), "--side", "32", "--map", "8", *sizes])
+    monkeypatch.setattr(sys, "argv", ["figures", "--out", str(out), "--side", "32", *sizes])
     drawing.main()
     with np.load(out) as arrays:
         assert arrays["x_train"].shape == (3, 32, 32, 3)
-        assert arrays["y_train"].shape == (3, len(JOINTS), 8, 8)
-        assert arrays["y_train"].dtype == np.float32
-        np.testing.assert_allclose(decode(arrays["y_test"], 32), arrays["keypoints_test"], atol=1e-3)
+        assert arrays["y_train"].shape == (3, len(JOINTS), 2)
+        assert arrays["length_val"].shape == (2,)
+        np.testing.assert_allclose(
+            np.linalg.norm(arrays["y_val"][:, 0] - arrays["y_val"][:, 1], axis=1), arrays["length_val"]
+        )
         images = np.concatenate([arrays[f"x_{split}"] for split in ("train", "val", "test")])
     assert len(np.unique(images.reshape(7, -1), axis=0)) == 7
