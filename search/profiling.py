@@ -1,6 +1,7 @@
 """What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from search.decompose import METHODS
 from search.decompose.tensor_train import tt_unfoldings
 from search.decompose.tt_matrix import TTMatrix
 from search.errors import BadRequest
+from search.matrices import groups_of, matrices, taps_of, weight_of
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
@@ -83,8 +85,7 @@ def _choice(
     kept: Plan,
 ) -> SiteChoice:
     layer = network.get_submodule(info.name)
-    weight = _weight(layer)
-    positions = max(1, info.macs // weight.numel())
+    positions = _positions(info, layer)
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
     for name in methods:
@@ -117,7 +118,11 @@ def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
 
     ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
     """
-    parts = _weight(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
+    if isinstance(layer, nn.Embedding):
+        return (max(1, _rank_of_gram(layer.weight.detach().double())),)
+    whole = matrices(layer).detach().double()
+    kernel = getattr(layer, "kernel_size", ())
+    parts = whole.reshape(groups_of(layer), whole.shape[1], whole.shape[2] // taps_of(layer), *kernel)
 
     def rank(by: str) -> int:
         return max(1, *(evbmf_rank(_unfolded(part, by).numpy()) for part in parts))
@@ -230,10 +235,7 @@ def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     group: list[str] = []
     used = 0
     for name in names:
-        layer = network.get_submodule(name)
-        weight = _weight(layer)
-        width = weight[0].numel()
-        size = 8 * (int(getattr(layer, "groups", 1)) * width * width + len(weight) * width)
+        size = _statistics_bytes(network.get_submodule(name))
         if group and used + size > STATISTICS_BYTES:
             yield group
             group, used = [], 0
@@ -243,9 +245,16 @@ def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.get_parameter("weight")
-    return weight
+def _statistics_bytes(layer: nn.Module) -> int:
+    groups, out, n = matrices(layer).shape
+    return 8 * groups * n * (out + (1 if isinstance(layer, nn.Embedding) else n))
+
+
+def _positions(info: LayerInfo, layer: nn.Module) -> int:
+    """How often the weight is applied to one sample; an Embedding's, how many tokens are looked up."""
+    if isinstance(layer, nn.Embedding):
+        return math.prod(info.output) // layer.embedding_dim
+    return max(1, info.macs // weight_of(layer).numel())
 
 
 def _may_change(bench: Bench, name: str) -> bool:

@@ -26,9 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import Statistics, weight_of
+from search.calibrate import Statistics
 from search.decompose.base import Fit, Problem, bias_parameters, fill, geometry, problems, relative, thin
 from search.decompose.projection import conjugate_gradients
+from search.matrices import weight_of
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 

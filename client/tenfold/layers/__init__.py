@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from .base import FactorizedLayer
-from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .chains import (
+    InputLowRankConv,
+    InputLowRankConvTranspose,
+    LowRankConv,
+    LowRankConvTranspose,
+    LowRankEmbedding,
+    LowRankLinear,
+    SpatialSVDConv2d,
+    Tucker2Conv,
+    Tucker2ConvTranspose,
+)
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .tensor_train import RTTConv, TTLinear
@@ -18,7 +28,10 @@ __all__ = [
     "CP4Conv2d",
     "FactorizedLayer",
     "InputLowRankConv",
+    "InputLowRankConvTranspose",
     "LowRankConv",
+    "LowRankConvTranspose",
+    "LowRankEmbedding",
     "LowRankLinear",
     "RTTConv",
     "ReshapedCPConv2d",
@@ -29,15 +42,20 @@ __all__ = [
     "TTConv2d",
     "TTLinear",
     "Tucker2Conv",
+    "Tucker2ConvTranspose",
     "factorized_like",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
     LowRankLinear,
+    LowRankEmbedding,
     LowRankConv,
+    LowRankConvTranspose,
     InputLowRankConv,
+    InputLowRankConvTranspose,
     SpatialSVDConv2d,
     Tucker2Conv,
+    Tucker2ConvTranspose,
     CP3Conv,
     CP4Conv2d,
     TTConv2d,
