@@ -12,15 +12,16 @@ that a large mean does not eat the digits of a small variance; each batch in flo
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from search.matrices import groups_of, has_windows, matrices, windows
+from search.recurrent import RECURRENT, named_matrices, operands
 
-__all__ = ["Moments", "Rows", "Statistics", "TokenMoments", "collect", "moments_of"]
+__all__ = ["Moments", "RecurrentMoments", "Rows", "Statistics", "TokenMoments", "collect", "moments_of"]
 
 ROWS = 256
 """Rows drawn for each column of a layer's matrix: the moments' own noise is then well below one per cent."""
@@ -45,6 +46,8 @@ class Statistics:
     """Rows (samples times output positions) behind them."""
     input_sizes: tuple[int, ...] = ()
     """Spatial sizes of a convolution's input; a Linear's axes between the samples and the features (tokens)."""
+    parts: Mapping[str, "Statistics"] = field(default_factory=dict)
+    """Those of each matrix of a recurrent layer (``search.recurrent``), which has nothing else to tell."""
 
 
 class Moments:
@@ -110,6 +113,34 @@ class Moments:
             yx = yx + mean_y[:, :, None] * mean_x[:, None, :]
             yy = yy + mean_y.square()
         return Statistics(xx, yx, yy, mean_x, mean_y.flatten(), self._rows[0], self.input_sizes)
+
+
+class RecurrentMoments:
+    """``Moments`` of each matrix of an LSTM or a GRU, with what the matrix itself makes of its operands as target."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        self.layer = layer
+        self.input_sizes: tuple[int, ...] = ()
+        self._parts = {name: Moments(layer, centred=layer.bias) for name in named_matrices(layer)}
+
+    def add(self, x: Tensor, *states: Tensor | tuple[Tensor, ...]) -> None:
+        """A batch as the layer is called with it, each state by itself or in a tuple."""
+        self.input_sizes = (x.shape[1 if self.layer.batch_first else 0],)
+        flat = [t for s in states for t in (s if isinstance(s, tuple) else (s,))]
+        weights = named_matrices(self.layer)
+        for name, rows in operands(self.layer, x, flat).items():
+            rows, weight = rows.detach().float(), weights[name].detach().float()
+            self._parts[name].add(rows[None], rows @ weight.T)
+
+    def finish(self) -> Statistics:
+        """The moments of what was added.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        parts = {name: moments.finish() for name, moments in self._parts.items()}
+        count, none = next(iter(parts.values())).count, torch.zeros(0)
+        return Statistics(none, none, none, none, none, count, self.input_sizes, parts)
 
 
 class TokenMoments:
@@ -232,24 +263,16 @@ def collect(
     A layer that is called several times in a pass counts all its calls. ``samples``: how many the batches hold, about;
     it decides how many positions of each are drawn.
     """
-    moments = {site: moments_of(module.get_submodule(site)) for site in sites}
+    moments: dict[str, Moments | TokenMoments | RecurrentMoments] = {}
     handles = []
-    for site, running in moments.items():
-        rows = Rows(module.get_submodule(site), samples)
-
-        def hook(
-            _: nn.Module,
-            inputs: tuple[Tensor, ...],
-            output: Tensor,
-            running: Moments | TokenMoments = running,
-            rows: Rows = rows,
-        ) -> None:
-            index = rows.draw(output, running.calls)
-            running.see(inputs[0])
-            x = rows.inputs(inputs[0], index)
-            running.add(x.float() if x.is_floating_point() else x, rows.outputs(output, index).float())
-
-        handles.append(module.get_submodule(site).register_forward_hook(hook))
+    for site in sites:
+        layer = module.get_submodule(site)
+        if isinstance(layer, RECURRENT):
+            states = moments[site] = RecurrentMoments(layer)
+            handles.append(layer.register_forward_pre_hook(lambda _, inputs, states=states: states.add(*inputs)))
+        else:
+            running = moments[site] = moments_of(layer)
+            handles.append(layer.register_forward_hook(_adding(running, Rows(layer, samples))))
     was_training = module.training
     module.eval()
     try:
@@ -260,3 +283,13 @@ def collect(
             handle.remove()
         module.train(was_training)
     return {site: running.finish() for site, running in moments.items()}
+
+
+def _adding(running: Moments | TokenMoments, rows: Rows) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        index = rows.draw(output, running.calls)
+        running.see(inputs[0])
+        x = rows.inputs(inputs[0], index)
+        running.add(x.float() if x.is_floating_point() else x, rows.outputs(output, index).float())
+
+    return hook

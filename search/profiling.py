@@ -14,11 +14,13 @@ from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
 from search.decompose import METHODS
+from search.decompose.svd_recurrent import RecurrentSVD
 from search.decompose.tensor_train import tt_unfoldings
 from search.decompose.tt_matrix import TTMatrix
 from search.errors import BadRequest
 from search.matrices import groups_of, matrices, taps_of, weight_of
 from search.metrics import class_last, forward
+from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 from search.vbmf import evbmf_rank
@@ -118,6 +120,8 @@ def _evbmf(method: str, layer: nn.Module) -> tuple[int, ...]:
 
     ``r_cp`` has no unfolding whose rank is its own: (s1, t1) against the rest bounds it from below.
     """
+    if isinstance(layer, RECURRENT):
+        return RecurrentSVD().variational_ranks(layer)
     if isinstance(layer, nn.Embedding):
         return (max(1, _rank_of_gram(layer.weight.detach().double())),)
     whole = matrices(layer).detach().double()
@@ -246,15 +250,19 @@ def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _statistics_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, RECURRENT):
+        return 8 * sum(w.shape[1] * sum(w.shape) for w in named_matrices(layer).values())
     groups, out, n = matrices(layer).shape
     return 8 * groups * n * (out + (1 if isinstance(layer, nn.Embedding) else n))
 
 
 def _positions(info: LayerInfo, layer: nn.Module) -> int:
-    """How often the weight is applied to one sample; an Embedding's, how many tokens are looked up."""
+    """How often the weight is applied to one sample: for an Embedding, how many tokens are looked up; the steps of a
+    recurrent layer."""
     if isinstance(layer, nn.Embedding):
         return math.prod(info.output) // layer.embedding_dim
-    return max(1, info.macs // weight_of(layer).numel())
+    weights = named_matrices(layer).values() if isinstance(layer, RECURRENT) else (weight_of(layer),)
+    return max(1, info.macs // sum(w.numel() for w in weights))
 
 
 def _may_change(bench: Bench, name: str) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from search.calibrate import Statistics, collect, moments_of
+from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
 from search.decompose import METHODS
 from search.decompose.base import problems
 from search.errors import BadRequest
 from search.matrices import matrices, weight_from, weight_of
 from search.norms import NORMS, affine, blend, recalibrate_batch_norm, typed
+from search.recurrent import RECURRENT
 from search.spec import Plan, SitePlan
 from search.surgery import replace
 from search.targets import Options, Target, bias_of, dense_weight
@@ -234,6 +235,9 @@ class _Walk:
         layer = self.network.get_submodule(site)
         if site not in self.plan and source not in self.dirty and self.same[site]:
             return
+        if isinstance(layer, RECURRENT):
+            self._fit_recurrent(node, site, layer)
+            return
         target = Target(self, node, site, layer)
         moments = moments_of(layer, centred=target.takes_mean)
         moments.see(self.got[source][0])
@@ -251,15 +255,31 @@ class _Walk:
         if norm is not None:
             self.same[norm] = False
 
+    def _fit_recurrent(self, node: fx.Node, site: str, layer: nn.RNNBase) -> None:
+        """To the network's own inputs and states; what the gates read is wanted as the layer itself would have it."""
+        if site not in self.plan:
+            return
+        moments = RecurrentMoments(layer)
+        for b in range(len(self.batches)):
+            moments.add(*fx.node.map_arg(node.args, lambda n, b=b: self.got[n][b]))  # type: ignore[misc]
+        replace(self.network, site, self._factors(site, layer, moments.finish(), None, None))
+        self.same[site] = False
+
+    def _factors(
+        self, site: str, layer: nn.Module, statistics: Statistics, metric: Tensor | None, start: nn.Module | None
+    ) -> nn.Module:
+        entry = self.plan[site]
+        fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric, start=start)
+        self.errors[site] = fit.error
+        return fit.module
+
     def _solve(
         self, site: str, layer: nn.Module, statistics: Statistics, target: Target, start: nn.Module | None
     ) -> nn.Module:
-        entry = self.plan.get(site)
-        if entry is None:
-            module = _refitted(layer, statistics)
+        if site in self.plan:
+            module = self._factors(site, layer, statistics, target.metric, start)
         else:
-            fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=target.metric, start=start)
-            self.errors[site], module = fit.error, fit.module
+            module = _refitted(layer, statistics)
         target.shift = _correct_mean(layer, module, statistics, target.takes_mean)
         return module
 

@@ -30,7 +30,7 @@ from search.matrices import has_windows
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
-__all__ = ["SVD"]
+__all__ = ["SVD", "spectrum"]
 
 
 class SVD:
@@ -84,7 +84,7 @@ class SVD:
         parts = problems(layer, statistics, metric)
         lasts, firsts, errors = [], [], []
         for part in parts:
-            values, vectors = _spectrum(part)
+            values, vectors = spectrum(part)
             u = vectors[:, :r]
             last, first = u / part.rows[:, None], u.T @ part.weighed
             # Equal norms on both sides of each channel: what gradient descent and low precision like.
@@ -104,7 +104,7 @@ class SVD:
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
         parts = problems(layer, statistics, metric)
-        spectra = [_spectrum(p)[0] for p in parts]
+        spectra = [spectrum(p)[0] for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in self.ranks(layer):
@@ -114,7 +114,7 @@ class SVD:
         return thin(points, dense_cost(layer, output_positions))
 
 
-def _spectrum(part: Problem) -> tuple[Tensor, Tensor]:
+def spectrum(part: Problem) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors of ``M B C B' M``: (out,), (out, out)."""
     values, vectors = torch.linalg.eigh(part.spread(part.weighed) @ part.weighed.T)
     return values.flip(0).clamp_min(0), vectors.flip(1)

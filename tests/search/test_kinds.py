@@ -1,5 +1,6 @@
 """Networks of other layers than Linear and Conv2d, end to end: profile, a trial that trains, exported files."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from search import reload
+from search import latency, reload
 from search.allocate import allocate
 from search.session import Session, inspect_model
 from search.spec import (
@@ -18,6 +19,7 @@ from search.spec import (
     Profile,
     Rung,
     SearchSpec,
+    SitePlan,
     Task,
     TrialRecord,
     TrialState,
@@ -66,12 +68,15 @@ def session_of(network: nn.Module, x: Tensor, y: Tensor | None, task: Task, fold
 
 
 def smaller(session: Session, folder: Path, fraction: float, sites: set[str]) -> Profile:
-    """Compress to ``fraction`` of the parameters, with every one of ``sites``, train, export, and hold to the files."""
+    """Compress to about ``fraction`` of the parameters, every one of ``sites``, train, export, hold to the files."""
     profile = session.profile(0, None)
     assert sites <= {s.site for s in profile.sites}
     fixed = profile.costs.parameters - sum(s.dense_parameters for s in profile.sites)
     plan = allocate(profile.sites, fraction, fixed_parameters=fixed)
-    assert sites <= set(plan)
+    for choice in profile.sites:
+        if choice.site in sites and choice.site not in plan:
+            curve = choice.curves["svd"]
+            plan[choice.site] = SitePlan(method="svd", ranks=curve[len(curve) // 2].ranks)
     work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT)
     result = session.trial(work, profile, None, None, None, folder / "trial")
     predicted = [profile.costs.parameters, profile.costs.macs]
@@ -99,7 +104,12 @@ def smaller(session: Session, folder: Path, fraction: float, sites: set[str]) ->
     return profile
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "WARM_S", 0.01)
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.02, at_least=3))
+
+
 def test_an_autoencoder_with_transposed_convolutions_gets_smaller(tmp_path: Path) -> None:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
@@ -111,3 +121,29 @@ def test_an_autoencoder_with_transposed_convolutions_gets_smaller(tmp_path: Path
     assert rows["up"].kind == "ConvTranspose2d"
     profile = smaller(session, tmp_path, 0.5, {"up"})
     assert {"svd", "svd_input", "tucker2"} == set(next(s for s in profile.sites if s.site == "up").curves)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24, padding_idx=0)
+        self.lstm = nn.LSTM(24, 32, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(tokens))[0][:, -1])
+
+
+def test_a_reader_of_tokens_gets_smaller(tmp_path: Path) -> None:
+    """Which third of the vocabulary most of the last tokens are of."""
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 40, (600, 8), generator=torch.Generator().manual_seed(0))
+    tokens[:, :2] = 0
+    classes = (tokens[:, -3:].float().mean(1) / 13.5).long().clamp(max=2)
+    network = trained(Reader(), tokens, classes, nn.CrossEntropyLoss())
+    session = session_of(network, tokens, classes, Task.CLASSIFICATION, tmp_path, JOB)
+    rows = {r.name: r for r in inspect_model(tmp_path / "net.pt2", "auto", None, tmp_path / "m").layers}
+    assert {name for name, row in rows.items() if row.compressible} == {"embed", "lstm", "head"}
+    profile = smaller(session, tmp_path, 0.4, {"embed", "lstm"})
+    again = next(s for s in profile.sites if s.site == "lstm")
+    assert {len(p.ranks) for p in again.curves["svd"]} == {2}

@@ -18,6 +18,7 @@ from .chains import (
     Tucker2Conv,
     Tucker2ConvTranspose,
 )
+from .recurrent import LowRankGRU, LowRankLSTM
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .tensor_train import RTTConv, TTLinear
@@ -32,6 +33,8 @@ __all__ = [
     "LowRankConv",
     "LowRankConvTranspose",
     "LowRankEmbedding",
+    "LowRankGRU",
+    "LowRankLSTM",
     "LowRankLinear",
     "RTTConv",
     "ReshapedCPConv2d",
@@ -49,6 +52,8 @@ __all__ = [
 LAYERS: tuple[type[FactorizedLayer], ...] = (
     LowRankLinear,
     LowRankEmbedding,
+    LowRankLSTM,
+    LowRankGRU,
     LowRankConv,
     LowRankConvTranspose,
     InputLowRankConv,
