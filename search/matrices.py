@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tenfold.layers.base import CONVS, TRANSPOSED
+from tenfold.layers.base import CONVS, TRANSPOSED, Conv, ConvTranspose
 
 __all__ = ["groups_of", "has_windows", "matrices", "taps_of", "weight_from", "weight_of", "windows"]
 
@@ -30,16 +30,16 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def has_windows(layer: nn.Module) -> bool:
     """Whether the layer slides a kernel along axes that come after the channels."""
-    return isinstance(layer, (*CONVS, *TRANSPOSED))
+    return isinstance(layer, Conv | ConvTranspose)
 
 
 def groups_of(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, (*CONVS, *TRANSPOSED)) else 1
+    return layer.groups if isinstance(layer, Conv | ConvTranspose) else 1
 
 
 def taps_of(layer: nn.Module) -> int:
     """Entries of the kernel; 1 without one."""
-    return math.prod(layer.kernel_size) if isinstance(layer, (*CONVS, *TRANSPOSED)) else 1
+    return math.prod(layer.kernel_size) if isinstance(layer, Conv | ConvTranspose) else 1
 
 
 def matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
@@ -87,7 +87,7 @@ def _spread(layer: Any, x: Tensor) -> Tensor:
     """The input of a transposed convolution with zeros between its entries and around them, or cropped."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, s) for s in layer.stride))] = x
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))] = x
     around: list[int] = []
     for size, dilation, padding, extra in zip(
         layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True

@@ -261,7 +261,8 @@ class _Walk:
             return
         moments = RecurrentMoments(layer)
         for b in range(len(self.batches)):
-            moments.add(*fx.node.map_arg(node.args, lambda n, b=b: self.got[n][b]))  # type: ignore[misc]
+            inputs: Any = fx.node.map_arg(node.args, lambda n, b=b: self.got[n][b])  # type: ignore[misc]
+            moments.add(*inputs)
         replace(self.network, site, self._factors(site, layer, moments.finish(), None, None))
         self.same[site] = False
 

@@ -62,10 +62,8 @@ def operands(layer: nn.RNNBase, x: Tensor, states: Sequence[Tensor]) -> dict[str
 def _one_layer(layer: nn.RNNBase, k: int, x: Tensor, states: list[Tensor]) -> Tensor:
     """The outputs of one layer of several: (steps, batch, directions * hidden)."""
     names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * layer.bias
-    weights = [layer.get_parameter(f"{n}_l{k}{d}") for d in directions_of(layer) for n in names]
-    rest = weights, layer.bias, 1, 0.0, False, layer.bidirectional, False
+    weights: list[Tensor] = [layer.get_parameter(f"{n}_l{k}{d}") for d in directions_of(layer) for n in names]
+    both = layer.bidirectional
     if isinstance(layer, nn.LSTM):
-        y: Tensor = torch.lstm(x, states, *rest)[0]  # type: ignore[call-overload]
-    else:
-        y = torch.gru(x, states[0], *rest)[0]  # type: ignore[call-overload]
-    return y
+        return torch.lstm(x, states, weights, layer.bias, 1, 0.0, False, both, False)[0]
+    return torch.gru(x, states[0], weights, layer.bias, 1, 0.0, False, both, False)[0]

@@ -222,7 +222,7 @@ def conv_of(layer: nn.Module) -> Conv | ConvTranspose:
     Raises:
         TypeError: it is not (``applies_to`` says so beforehand).
     """
-    if not isinstance(layer, (*CONVS, *TRANSPOSED)):
+    if not isinstance(layer, Conv | ConvTranspose):
         raise TypeError(f"expected a convolution, got {type(layer).__name__}")
     return layer
 
@@ -247,7 +247,7 @@ def conv2d_sizes(layer: nn.Module) -> tuple[int, int, int, int]:
 
 def conv_reason(layer: nn.Module, *, transposed: bool = False) -> str | None:
     """Why a layer is not a convolution that the channel methods can take, or None. ``transposed``: those too."""
-    if not isinstance(layer, (*CONVS, *TRANSPOSED) if transposed else CONVS):
+    if not isinstance(layer, Conv | ConvTranspose) or (isinstance(layer, ConvTranspose) and not transposed):
         return f"{type(layer).__name__} is not a convolution"
     if min(layer.in_channels, layer.out_channels) // layer.groups < 2:
         return f"depthwise: {layer.groups} groups of {layer.in_channels} input channels leave no channels to combine"

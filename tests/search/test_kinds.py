@@ -147,3 +147,26 @@ def test_a_reader_of_tokens_gets_smaller(tmp_path: Path) -> None:
     profile = smaller(session, tmp_path, 0.4, {"embed", "lstm"})
     again = next(s for s in profile.sites if s.site == "lstm")
     assert {len(p.ranks) for p in again.curves["svd"]} == {2}
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def test_the_packed_projections_of_attention_get_smaller(tmp_path: Path) -> None:
+    """In one matrix, so that queries, keys and values share their input factor."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 5, 24, generator=g) @ torch.randn(24, 24, generator=g) / 5
+    classes = x[:, :, :3].amax(1).argmax(1)
+    network = trained(Attending(), x, classes, nn.CrossEntropyLoss())
+    session = session_of(network, x, classes, Task.CLASSIFICATION, tmp_path, JOB)
+    profile = smaller(session, tmp_path, 0.6, {"attention.in_proj", "attention.out_proj"})
+    packed = next(s for s in profile.sites if s.site == "attention.in_proj")
+    assert packed.dense_parameters == 3 * 24 * 24 + 3 * 24

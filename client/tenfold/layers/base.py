@@ -22,7 +22,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-TRANSPOSED: tuple[type[ConvTranspose], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class FactorizedLayer(nn.Module):
@@ -72,7 +72,7 @@ class FactorizedLayer(nn.Module):
 class ConvChain(FactorizedLayer):
     """What the convolutional chains share: the dense layer's geometry, kept as plain Python values."""
 
-    replaces = CONVS
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = CONVS
     count: ClassVar[int | None] = 1
     """How many ranks there are; None where the channels decide, and the class checks."""
 

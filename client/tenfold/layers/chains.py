@@ -104,7 +104,15 @@ class LowRankEmbedding(FactorizedLayer):
                 f"svd cannot keep an Embedding's max_norm, got max_norm={layer.max_norm}: train without it"
             )
         w = layer.weight
-        return cls(*w.shape, ranks[0], layer.padding_idx, layer.scale_grad_by_freq, w.device, w.dtype)
+        return cls(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            ranks[0],
+            layer.padding_idx,
+            layer.scale_grad_by_freq,
+            w.device,
+            w.dtype,
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.last(self.first(tokens))
@@ -116,7 +124,8 @@ class LowRankEmbedding(FactorizedLayer):
     def dense(self) -> nn.Embedding:
         w = self.dense_weight()
         layer = nn.Embedding(
-            *w.shape,
+            w.shape[0],
+            w.shape[1],
             self.first.padding_idx,
             scale_grad_by_freq=self.first.scale_grad_by_freq,
             device=w.device,

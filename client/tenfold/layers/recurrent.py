@@ -6,8 +6,8 @@ read those; each direction's recurrent weight is ``weight_hh @ state`` with ``st
 Two ways lead through the recurrent product. Step by step through both factors costs fewer multiplications but one
 Python (or graph) operation after the other; torch's own fused kernel with the weight rebuilt once a call costs those
 of the dense layer. On one CPU thread at a quarter of the rank the steps took 10.5 ms against 27 ms dense and 41 ms
-rebuilt for 1,024 hidden units (batch 1, 32 steps), but 2.0 against 1.3 and 1.5 for 256 (64 steps). So the steps are
-taken where each saves ``WORTH`` multiplications or more, and there are not so many that an exported graph of them is
+rebuilt for 1,024 hidden units (batch 1, 32 steps), and were ahead for 512, but took 2.0 against 1.3 and 1.5 for 256
+(64 steps). So the steps are taken where each saves ``WORTH`` multiplications or more, and there are not so many that an exported graph of them is
 unwieldy.
 """
 
@@ -197,11 +197,11 @@ class LowRankRecurrent(FactorizedLayer):
             weights += [self.get_parameter(f"weight_ih_l{k}{d}"), self.matrix_hh(k, d)]
             if self.bias:
                 weights += [self.get_parameter(f"bias_ih_l{k}{d}"), self.get_parameter(f"bias_hh_l{k}{d}")]
-        rest = weights, self.bias, 1, 0.0, self.training, self.bidirectional, False
+        both = self.bidirectional
         if self.gates == 4:
-            y, h, c = torch.lstm(x, states, *rest)  # type: ignore[call-overload]
+            y, h, c = torch.lstm(x, states, weights, self.bias, 1, 0.0, self.training, both, False)
             return y, [h, c]
-        y, h = torch.gru(x, states[0], *rest)  # type: ignore[call-overload]
+        y, h = torch.gru(x, states[0], weights, self.bias, 1, 0.0, self.training, both, False)
         return y, [h]
 
     def _steps(self, k: int, d: str, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from search import cost
 from search.calibrate import collect
 from search.decompose import METHODS
+from search.intake.modules import FlatGRU, FlatLSTM
 from search.profiling import _evbmf
 from search.recurrent import named_matrices, operands
 from tenfold.layers import FactorizedLayer, factorized_like, recurrent
@@ -87,6 +88,16 @@ def test_both_ways_compute_what_the_dense_layer_computes(layer: nn.RNNBase, way:
     torch.testing.assert_close(module(x, hx), dense(x, hx), rtol=1e-4, atol=1e-5)
     if isinstance(layer, nn.LSTM):  # as a lifted graph calls it
         torch.testing.assert_close(module(x, *states), (dense(x, hx)[0], *dense(x, hx)[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FlatLSTM, FlatGRU])
+def test_a_lifted_layer_made_dense_again_is_called_as_before(kind: type[nn.RNNBase]) -> None:
+    layer = kind(6, 8, batch_first=True)
+    module = SVD.factorize(layer, (3, 3)).module
+    dense = module.dense()
+    assert type(dense) is kind
+    x, states = torch.randn(2, STEPS, 6), [torch.randn(1, 2, 8) for _ in range(2 if kind is FlatLSTM else 1)]
+    torch.testing.assert_close(dense(x, *states), module(x, *states), rtol=1e-4, atol=1e-5)
 
 
 def test_costs_are_those_counted(layer: nn.RNNBase, way: str) -> None:
