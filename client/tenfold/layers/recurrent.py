@@ -7,8 +7,8 @@ Two ways lead through the recurrent product. Step by step through both factors c
 Python (or graph) operation after the other; torch's own fused kernel with the weight rebuilt once a call costs those
 of the dense layer. On one CPU thread at a quarter of the rank the steps took 10.5 ms against 27 ms dense and 41 ms
 rebuilt for 1,024 hidden units (batch 1, 32 steps), and were ahead for 512, but took 2.0 against 1.3 and 1.5 for 256
-(64 steps). So the steps are taken where each saves ``WORTH`` multiplications or more, and there are not so many that an exported graph of them is
-unwieldy.
+(64 steps). So the steps are taken where each saves ``WORTH`` multiplications or more, and where they are not so many
+that a graph of them is unwieldy.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,14 @@ class TestTucker2OfTransposed(TestTucker2):
 
 class TestSVDInput(Contract):
     method = "svd_input"
-    layers = conv_layers() | transposed_layers()
+    layers = (
+        conv_layers()
+        | transposed_layers()
+        | {
+            "conv1d": lambda: nn.Conv1d(12, 10, 5, padding=2, stride=2),
+            "conv3d": lambda: nn.Conv3d(8, 10, 3, padding=1),
+        }
+    )
 
     @staticmethod
     def full(layer: nn.Module) -> tuple[int, ...]:
