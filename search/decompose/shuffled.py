@@ -318,7 +318,8 @@ def _unfolding(tensor: Tensor, k: int) -> Tensor:
 
 def _leading(matrix: Tensor) -> Tensor:
     """All left singular vectors, largest first."""
-    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    return vectors.flip(1)
 
 
 def _alternate(tensor: Tensor, factors: Cores) -> Cores:
