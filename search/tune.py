@@ -23,7 +23,7 @@ from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher
 from search.precision import Precision, choose
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
-__all__ = ["Runtime", "Tuned", "fine_tune", "learning_rate"]
+__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate"]
 
 Report = Callable[[str, float, float], None]
 
@@ -72,6 +72,8 @@ class Tuned:
     epochs: float
     precision: Precision
     notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    """Of the arguments, where another training goes on from here (``fine_tune(before=…)``)."""
 
 
 @dataclass
@@ -90,6 +92,12 @@ class _State:
     epoch_loss: float = 0.0
     epoch_steps: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    before: float = 0.0
+    """Epochs of the training that came before this one."""
+    after: str = ""
+    """The fingerprint of that training."""
+    notes: list[str] = field(default_factory=list)
+    """Of that training."""
 
 
 def fine_tune(
@@ -109,18 +117,23 @@ def fine_tune(
     runtime: Runtime | None = None,
     reference: Tensor | None = None,
     patience: int | None = None,
+    before: Tuned | None = None,
 ) -> Tuned:
     """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
 
     ``epochs`` may be a fraction. ``checkpoint``: a file that an earlier run of the same arguments saved; one of other
     arguments is not used. ``save``: where to keep this run's own, every ``save_every_s`` seconds; ``saved`` is
     told each time. ``reference``: the original's ``metrics.outputs`` on the select split, for the metrics that
-    compare with it. ``patience``: stop after so many evaluations in a row without a better one.
+    compare with it. ``patience``: stop after so many evaluations in a row without a better one. ``before``: what
+    training made ``module`` what it is; its curve and epochs open this run's.
 
     Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
     and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
     """
     run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference)
+    if before is not None:
+        run.state.curve = [record.model_dump() for record in before.curve]
+        run.state.before, run.state.after, run.state.notes = before.epochs, before.fingerprint, [*before.notes]
     if run.total == 0:
         return Tuned((), Outcome.OK, 0.0, Precision.FLOAT32)
     notes = run.prepare(checkpoint)
@@ -129,7 +142,7 @@ def fine_tune(
     finally:
         run.tidy()
     curve = tuple(EpochRecord(**record) for record in run.state.curve)
-    return Tuned(curve, outcome, run.state.step / run.per_epoch, run.precision, notes)
+    return Tuned(curve, outcome, run.done, run.precision, (*run.state.notes, *notes))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -163,6 +176,11 @@ class _Training:
         self.evaluate_every = max(self.per_epoch, math.ceil(self.total / EVALUATIONS))
         self.state = _State()
         self.precision = Precision.FLOAT32
+
+    @property
+    def done(self) -> float:
+        """Epochs so far."""
+        return self.state.before + self.state.step / self.per_epoch
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -233,7 +251,7 @@ class _Training:
         patience: int | None,
     ) -> Outcome:
         state = self.state
-        clock = _Clock(self.total, state.step)
+        clock = Clock(self.total, state.step)
         last_save = time.monotonic()
         batches = self._stream(state.step)
         while state.step < self.total:
@@ -249,8 +267,8 @@ class _Training:
                 if patience is not None and state.stale >= patience:
                     break
             if report is not None and clock.due():
-                done = state.step / self.per_epoch
-                report(f"fine-tuning, epoch {done:.1f} of {self.epochs:g}, {clock.left(state.step)}", done, self.epochs)
+                done, of = self.done, state.before + self.epochs
+                report(f"fine-tuning, epoch {done:.1f} of {of:g}, {clock.left(state.step)}", done, of)
             if save is not None and state.step < self.total and time.monotonic() - last_save >= save_every_s:
                 self._save(save)
                 last_save = time.monotonic()
@@ -324,7 +342,7 @@ class _Training:
         if trained is not None:
             self.module.load_state_dict(trained)
         record = EpochRecord(
-            epoch=state.step / self.per_epoch,
+            epoch=self.done,
             loss=state.epoch_loss / max(state.epoch_steps, 1),
             value=seen.value if seen.finite else None,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
@@ -384,7 +402,7 @@ class _Training:
             network.eval()
 
 
-class _Clock:
+class Clock:
     """Decides when progress is worth telling, and how long the rest takes at the pace so far."""
 
     def __init__(self, total: int, start: int) -> None:
