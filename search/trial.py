@@ -208,7 +208,7 @@ def _train(
             **how,
         )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
-    found.notes += [*tuned.notes, f"trained in {tuned.precision}"]
+    found.notes += tuned.notes
     found.seen = bench.select(network)
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from search.distill import Objective, objective, trivial_answer
 from search.latency import pause_while_measuring
 from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher_is_better
 from search.precision import Precision, choose
+from search.rebuilding import chained, quicker_rebuilt, rebuild
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
 __all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate"]
@@ -35,6 +37,8 @@ SMOOTHING = 0.9
 """Of the loss that is watched for divergence."""
 BLOW_UP = 2.0
 """Diverged: the smoothed loss exceeds this many times the larger of its start and the trivial answer's loss."""
+REBUILDING_STEPS = 200
+"""Shorter runs do not look for layers that train quicker through their dense weight: looking takes some ten steps."""
 EVALUATIONS = 40
 """At most so many looks at the select split in a run (never more than one an epoch)."""
 
@@ -83,6 +87,8 @@ class _State:
     step: int = 0
     rate_scale: float = 1.0
     recoveries: int = 0
+    rebuilt: tuple[str, ...] = ()
+    """Layers that train through their dense weight."""
     smoothed: float | None = None
     ceiling: float | None = None
     """Loss beyond which the run counts as diverged."""
@@ -202,14 +208,20 @@ class _Training:
             self._resume(*stored)
         self.precision.prepare(self.module)
         self.precision.prepare(self.original)
+        rebuild(self.module, self.state.rebuilt)
+        notes = [f"trained in {self.precision}"]
+        if self.state.rebuilt:
+            notes.append(f"{len(self.state.rebuilt)} layers were quicker to train through their dense weight")
         if checkpoint is not None and stored is None:
-            return ("the checkpoint belonged to another run: training began anew",)
-        return ()
+            notes.append("the checkpoint belonged to another run: training began anew")
+        return tuple(notes)
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
         self.precision = self.runtime.precision or choose(
             lambda m, xs: forward(m, xs, self.runtime.fixed_batch), self.module, self.original, inputs, self.total
         )
+        if self.total >= REBUILDING_STEPS:
+            self.state.rebuilt = quicker_rebuilt(self.module, partial(self._answer, inputs=inputs), self.precision)
         torch.manual_seed(self.seed)
         self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
         self.best = _copy(self.module.state_dict())
@@ -225,7 +237,8 @@ class _Training:
 
     def _resume(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         self.precision = Precision(facts["precision"])
-        self.state = _State(**{**facts["state"], "best": tuple(facts["state"]["best"])})
+        state = facts["state"]
+        self.state = _State(**{**state, "best": tuple(state["best"]), "rebuilt": tuple(state["rebuilt"])})
         self.module.load_state_dict(groups["model"])
         checkpoints.restore_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.best = {k: v.to(self.runtime.device) for k, v in groups["best"].items()}
@@ -280,15 +293,13 @@ class _Training:
     def _step(self, batch: Batch) -> bool:
         """One update; False when it showed divergence (the weights are then not changed)."""
         inputs, labels = batch
-        inputs = tuple(self.precision.arrange(x) for x in inputs)
         rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.recipe.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
-        with self.precision.autocast(inputs):
-            with torch.no_grad():
-                teacher = forward(self.original, inputs, self.runtime.fixed_batch).float()
-            answer = forward(self.module, inputs, self.runtime.fixed_batch).float()
+        with torch.no_grad():
+            teacher = self._answer(self.original, inputs)
+        answer = self._answer(self.module, inputs)
         loss = self.loss_of(answer, teacher, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -301,6 +312,11 @@ class _Training:
         self.state.epoch_loss += value
         self.state.epoch_steps += 1
         return True
+
+    def _answer(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        inputs = tuple(self.precision.arrange(x) for x in inputs)
+        with self.precision.autocast(inputs):
+            return forward(network, inputs, self.runtime.fixed_batch).float()
 
     def _blown_up(self, loss: float, teacher: Tensor, labels: Tensor | None) -> bool:
         state = self.state
@@ -397,6 +413,7 @@ class _Training:
 
     def tidy(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        chained(self.module)
         for network in (self.module, self.original):
             network.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             network.eval()
