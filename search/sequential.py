@@ -25,8 +25,20 @@ from search.blocks import blocks, cuts
 from search.latency import pause_while_measuring
 from search.metrics import Batch, evaluate, forward, higher_is_better
 from search.precision import Precision, choose
+from search.rebuilding import chained, quicker_rebuilt, rebuild
 from search.spec import EpochRecord, FineTune, Metric, Outcome
-from search.tune import BLOW_UP, CLIP, SMOOTHING, Clock, Report, Runtime, TrainingData, Tuned, learning_rate
+from search.tune import (
+    BLOW_UP,
+    CLIP,
+    REBUILDING_STEPS,
+    SMOOTHING,
+    Clock,
+    Report,
+    Runtime,
+    TrainingData,
+    Tuned,
+    learning_rate,
+)
 
 __all__ = ["train_blocks"]
 
@@ -47,6 +59,8 @@ class _State:
     step: int = 0
     rate_scale: float = 1.0
     recoveries: int = 0
+    rebuilt: tuple[str, ...] = ()
+    """Layers that train through their dense weight."""
     smoothed: float | None = None
     ceiling: float | None = None
     """Loss beyond which the block counts as diverged."""
@@ -148,22 +162,30 @@ class _Sequential:
         first = self._inputs(next(self._stream(0)))
         if facts:
             self.precision = Precision(facts["precision"])
-            self.state = _State(**{**facts["state"], "start": tuple(facts["state"]["start"])})
+            state = facts["state"]
+            self.state = _State(**{**state, "start": tuple(state["start"]), "rebuilt": tuple(state["rebuilt"])})
             self.module.load_state_dict(groups["model"])
             self.start = groups["start"]
         else:
             self.precision = self.runtime.precision or choose(
-                lambda m, xs: forward(m, xs, self.runtime.fixed_batch),
-                *(self.module, self.original, first, self.total),
+                lambda m, xs: forward(m, xs), self.module, self.original, first, self.total
             )
             self.state = _State(self._evaluate()[1])
+            if self.total >= REBUILDING_STEPS:
+                self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._whole(m, first), self.precision)
             self.start = {name: t.detach().cpu().clone() for name, t in self.module.state_dict().items()}
         self.stored = groups
         self.precision.prepare(self.module)
         self.precision.prepare(self.original)
-        places = cuts(self.module, tuple(self.precision.arrange(x) for x in first), min(BLOCKS, self.total))
+        rebuild(self.module, self.state.rebuilt)
+        places = cuts(self.module, first, min(BLOCKS, self.total))
         self.blocks, self.targets = blocks(self.module, places), blocks(self.original, places)
         self.ends = [round(self.total * (i + 1) / len(self.blocks)) for i in range(len(self.blocks))]
+
+    def _whole(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        inputs = tuple(self.precision.arrange(x) for x in inputs)
+        with self.precision.autocast(inputs):
+            return forward(network, inputs)
 
     def _enter(self, at: int) -> None:
         """Make ready to train block ``at``: from its first step on, or from where the checkpoint was saved."""
@@ -176,7 +198,7 @@ class _Sequential:
             checkpoints.restore_optimizer(self.optimizer, self.stored["optimizer"])
             self.best = {name: t.to(self.runtime.device) for name, t in self.stored["best"].items()}
             return
-        self.state = _State(state.start, state.step, best=error, curve=state.curve)
+        self.state = _State(state.start, state.step, rebuilt=state.rebuilt, best=error, curve=state.curve)
         self.best = self._copy()
 
     @property
@@ -318,7 +340,7 @@ class _Sequential:
         value, rank = self._evaluate()
         if self.state.curve:
             self.state.curve[-1]["value"] = value
-        notes = (f"trained block by block for {self.done:g} epochs: {len(self.blocks)} blocks",)
+        notes = (f"{self.done:g} epochs block by block ({len(self.blocks)} of them) in {self.precision}",)
         if rank >= self.state.start:
             return notes
         self.module.load_state_dict(self.start)
@@ -339,6 +361,7 @@ class _Sequential:
         return seen.value, (seen.value if higher_is_better(self.metric) else -seen.value, -seen.loss)
 
     def tidy(self) -> None:
+        chained(self.module)
         for network in (self.module, self.original):
             network.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             network.zero_grad(set_to_none=True)

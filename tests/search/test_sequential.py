@@ -120,7 +120,7 @@ def test_every_block_comes_closer_to_what_the_original_hands_on(
     assert [r.epoch for r in tuned.curve] == [1, 2, 3, 4, 5, 6]
     assert tuned.curve[-1].value == evaluate(student, images.select, Metric.OUTPUT_ERROR, original=teacher).value
     assert all(r.value is None for r in tuned.curve[:-1])
-    assert "3 blocks" in tuned.notes[0]
+    assert tuned.notes[0] == "6 epochs block by block (3 of them) in float32"
 
 
 def test_while_one_block_trains_the_others_stay(
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_the_training_that_followed_is_left_to_it(
     end = fine_tune(student, teacher, images, RECIPE, epochs=1.0, before=before, save=path, save_every_s=0.0, **how)
     assert end.epochs == 2
     assert [r.epoch for r in end.curve] == [*(r.epoch for r in before.curve), 2]
-    assert end.notes == before.notes
+    assert end.notes == (*before.notes, "trained in float32")
 
     untouched = weights(again)
     assert train_blocks(again, teacher, images, RECIPE, epochs=1.0, checkpoint=path, **how) is None
@@ -285,7 +285,7 @@ def test_fewer_steps_than_blocks_train_fewer_blocks(
 ) -> None:
     tuned = train(student, teacher, images, epochs=0.3)
     assert tuned.epochs == pytest.approx(2 / 6)
-    assert "2 blocks" in tuned.notes[0]
+    assert "(2 of them)" in tuned.notes[0]
 
 
 def test_progress_tells_the_block_and_the_epochs(
