@@ -47,7 +47,7 @@ BLOCKS = 8
 LOOKS = 4
 """At most so many looks at the select split in a block (never more than one an epoch)."""
 LOOK_ROWS = 512
-"""Samples of the select split in a look."""
+"""At most so many samples of the select split in a look, and an eighth of those that the block trains on."""
 
 
 @dataclass
@@ -317,7 +317,8 @@ class _Sequential:
     def _measure(self) -> tuple[float, float]:
         """The block's mean squared error on the select split (infinite: not finite), and the variance of its target."""
         error, mean, square, count = 0.0, 0.0, 0.0, 0
-        for batch in self.data.select.batches(self.batch, limit=LOOK_ROWS):
+        rows = max(self.batch, min(LOOK_ROWS, (self.ends[self.at] - self._begin) * self.batch // 8))
+        for batch in self.data.select.batches(self.batch, limit=rows):
             inputs = self._inputs(batch)
             answer, target = self._answer(inputs).double(), self._target(inputs).double()
             error += float((answer - target).square().sum())
