@@ -236,6 +236,11 @@ class FineTune(Value):
     """Weight of the original's soft outputs; the rest is the labels' loss."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged weights per step; 0 averages nothing."""
+    sequential: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a rung's epochs that are spent block by block, towards the original's values inside (Su et al. 2018),
+    before those end to end; 1: all."""
+    sequential_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Of Adam, block by block."""
 
 
 class SearchSpec(Value):

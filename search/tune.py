@@ -25,7 +25,7 @@ from search.precision import Precision, choose
 from search.rebuilding import chained, quicker_rebuilt, rebuild
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
-__all__ = ["Runtime", "Tuned", "fine_tune", "learning_rate"]
+__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate"]
 
 Report = Callable[[str, float, float], None]
 
@@ -76,6 +76,8 @@ class Tuned:
     epochs: float
     precision: Precision
     notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    """Of the arguments, where another training goes on from here (``fine_tune(before=…)``)."""
 
 
 @dataclass
@@ -96,6 +98,12 @@ class _State:
     epoch_loss: float = 0.0
     epoch_steps: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    before: float = 0.0
+    """Epochs of the training that came before this one."""
+    after: str = ""
+    """The fingerprint of that training."""
+    notes: list[str] = field(default_factory=list)
+    """Of that training."""
 
 
 def fine_tune(
@@ -116,6 +124,7 @@ def fine_tune(
     reference: Tensor | None = None,
     patience: int | None = None,
     keep: Literal["best", "last"] = "best",
+    before: Tuned | None = None,
 ) -> Tuned:
     """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
 
@@ -124,12 +133,16 @@ def fine_tune(
     told each time. ``reference``: the original's ``metrics.outputs`` on the select split, for the metrics that
     compare with it. ``patience``: stop after so many evaluations in a row without a better one. ``keep``: with
     ``"last"`` it ends with the last weights instead, for a select split that the original was trained on: what a
-    network still remembers of those rows looks better there than anything that it learns.
+    network still remembers of those rows looks better there than anything that it learns. ``before``: what training
+    made ``module`` what it is; its curve and epochs open this run's.
 
     Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
     and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
     """
     run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference, keep)
+    if before is not None:
+        run.state.curve = [record.model_dump() for record in before.curve]
+        run.state.before, run.state.after, run.state.notes = before.epochs, before.fingerprint, [*before.notes]
     if run.total == 0:
         return Tuned((), Outcome.OK, 0.0, Precision.FLOAT32)
     notes = run.prepare(checkpoint)
@@ -138,7 +151,7 @@ def fine_tune(
     finally:
         run.tidy()
     curve = tuple(EpochRecord(**record) for record in run.state.curve)
-    return Tuned(curve, outcome, run.state.step / run.per_epoch, run.precision, notes)
+    return Tuned(curve, outcome, run.done, run.precision, (*run.state.notes, *notes))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -173,6 +186,11 @@ class _Training:
         self.evaluate_every = max(self.per_epoch, math.ceil(self.total / EVALUATIONS))
         self.state = _State()
         self.precision = Precision.FLOAT32
+
+    @property
+    def done(self) -> float:
+        """Epochs so far."""
+        return self.state.before + self.state.step / self.per_epoch
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -250,7 +268,7 @@ class _Training:
         patience: int | None,
     ) -> Outcome:
         state = self.state
-        clock = _Clock(self.total, state.step)
+        clock = Clock(self.total, state.step)
         last_save = time.monotonic()
         batches = self._stream(state.step)
         while state.step < self.total:
@@ -266,8 +284,8 @@ class _Training:
                 if patience is not None and state.stale >= patience:
                     break
             if report is not None and clock.due():
-                done = state.step / self.per_epoch
-                report(f"fine-tuning, epoch {done:.1f} of {self.epochs:g}, {clock.left(state.step)}", done, self.epochs)
+                done, of = self.done, state.before + self.epochs
+                report(f"fine-tuning, epoch {done:.1f} of {of:g}, {clock.left(state.step)}", done, of)
             if save is not None and state.step < self.total and time.monotonic() - last_save >= save_every_s:
                 self._save(save)
                 last_save = time.monotonic()
@@ -344,7 +362,7 @@ class _Training:
         if trained is not None:
             self.module.load_state_dict(trained)
         record = EpochRecord(
-            epoch=state.step / self.per_epoch,
+            epoch=self.done,
             loss=state.epoch_loss / max(state.epoch_steps, 1),
             value=seen.value if seen.finite else None,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
@@ -405,7 +423,7 @@ class _Training:
             network.eval()
 
 
-class _Clock:
+class Clock:
     """Decides when progress is worth telling, and how long the rest takes at the pace so far."""
 
     def __init__(self, total: int, start: int) -> None:
