@@ -99,7 +99,8 @@ def _located(raw: Raw, spec: DataSpec, pipelines: Mapping[str, Pipeline]) -> tup
         raise BadData(
             "images_needed",
             f"{spec.task.value}{' with augmentation' if augments else ''} needs one input of images that the targets "
-            f"lie in, but one sample is {shapes}; store images as (rows, channels, height, width), or set layout to nhwc.",
+            f"lie in, but one sample is {shapes}; store images as (rows, channels, height, width), or set layout to "
+            "nhwc.",
         )
     image = next(iter(images.values()))
     if spec.task is Task.SEGMENTATION:
