@@ -59,3 +59,21 @@ def test_the_lists_stay_live(page: Page, service: Service) -> None:
     expect(page.get_by_text("came later")).to_be_visible(timeout=15_000)
     with service.client() as client:
         client.job(job).cancel()
+
+
+def test_what_keypoints_need_is_asked_for_them_only_and_sent(page: Page, service: Service, tmp_path: Path) -> None:
+    page.goto(f"{service.url}/#/new")
+    pairs = page.get_by_label("Joints that swap when mirrored, in pairs")
+    page.get_by_label("Task").select_option("segmentation")
+    expect(pairs).to_be_hidden()
+    page.get_by_label("Task").select_option("keypoints")
+    pairs.fill("2-5, 3-6")
+    page.get_by_label("A joint is found within").fill("0.2")
+    for name in ("model", "data"):
+        (tmp_path / name).write_bytes(name.encode())
+        page.locator(f"#{name}-file").set_input_files(tmp_path / name)
+    with page.expect_response(lambda r: r.url.endswith("/v1/datasets") and r.request.method == "POST") as answer:
+        page.get_by_role("button", name="Start the search").click()
+    assert answer.value.status == 202
+    spec = answer.value.json()["spec"]
+    assert (spec["task"], spec["mirror"], spec["pck_threshold"]) == ("keypoints", [[2, 5], [3, 6]], 0.2)

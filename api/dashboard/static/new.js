@@ -29,10 +29,10 @@ export async function newPage(main, signal) {
   const message = h("div", { role: "alert" });
   const bar = h("i");
   const button = h("button", { type: "submit" }, "Start the search");
-  const joints = h("div", { class: "fields", hidden: true },
+  const joints = h("div", { hidden: true }, h("div", { class: "fields" },
     field("pck", "A joint is found within (share of the row's length, or of the side)", number("pck", { min: "0", step: "any", placeholder: "0.5, or 0.05 of the side" })),
     field("mirror", "Joints that swap when mirrored, in pairs", h("input", { id: "mirror", placeholder: "2-5, 3-6, or none" })),
-    field("sigma", "Sigma of the heatmaps, in their pixels", number("sigma", { value: "1", min: "0", step: "any" })));
+    field("sigma", "Sigma of the heatmaps, in their pixels", number("sigma", { value: "1", min: "0", step: "any" }))));
   const form = h("form", { onsubmit: (event) => { event.preventDefault(); start(); } },
     h("h1", {}, "New job"),
     h("div", { class: "grid card" }, model.box, data.box),
