@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from search.intake import first_output
+from search.intake import Answer, first_output
 from tenfold.layers import FactorizedLayer
 
 __all__ = ["Block", "blocks", "cuts"]
@@ -29,12 +29,14 @@ class Block:
     """Values it needs, by the names of the nodes they come from."""
     gives: tuple[str, ...]
     """Values that it makes for later blocks, the tensor at the cut first; none: it ends in the network's output."""
+    answer: Answer = first_output
+    """Picks the tensor that counts from the network's output."""
 
     def __call__(self, values: dict[str, Any]) -> Tensor:
         """Run on the values alive, to which its own are added; the tensor at its end."""
         made = self.module(*(values[name] for name in self.takes))
         if not self.gives:
-            return first_output(made)
+            return self.answer(made)
         values.update(zip(self.gives, made, strict=True))
         end: Tensor = made[0]
         return end
@@ -65,7 +67,7 @@ def cuts(network: fx.GraphModule, inputs: Sequence[Tensor], most: int) -> tuple[
     return tuple(found)
 
 
-def blocks(network: fx.GraphModule, ends: Sequence[str]) -> tuple[Block, ...]:
+def blocks(network: fx.GraphModule, ends: Sequence[str], answer: Answer = first_output) -> tuple[Block, ...]:
     """The network, or another with the same graph, cut behind the nodes named ``ends`` (of ``cuts``)."""
     stretches: list[list[fx.Node]] = [[]]
     for node in network.graph.nodes:
@@ -74,10 +76,10 @@ def blocks(network: fx.GraphModule, ends: Sequence[str]) -> tuple[Block, ...]:
         stretches[-1].append(node)
         if node.name in ends:
             stretches.append([])
-    return tuple(_block(network, stretch, stretch[-1].op == "output") for stretch in stretches)
+    return tuple(_block(network, stretch, stretch[-1].op == "output", answer) for stretch in stretches)
 
 
-def _block(network: fx.GraphModule, stretch: Sequence[fx.Node], last: bool) -> Block:
+def _block(network: fx.GraphModule, stretch: Sequence[fx.Node], last: bool, answer: Answer) -> Block:
     inside = set(stretch)
     sources = dict.fromkeys(s for n in stretch for s in n.all_input_nodes if s not in inside)
     taken = [s for s in sources if s.op != "get_attr"]
@@ -90,7 +92,7 @@ def _block(network: fx.GraphModule, stretch: Sequence[fx.Node], last: bool) -> B
     if not last:
         graph.output(tuple(copies[n] for n in made))
     module = fx.GraphModule(network, graph, class_name="Block")
-    return Block(module, tuple(s.name for s in taken), () if last else tuple(n.name for n in made))
+    return Block(module, tuple(s.name for s in taken), () if last else tuple(n.name for n in made), answer)
 
 
 def _places(network: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[Tensor]) -> set[fx.Node]:

@@ -161,7 +161,8 @@ class _Probe:
 
     def _answers(self, network: nn.Module) -> Tensor:
         with torch.no_grad():
-            return forward(network.eval(), self.inputs, self.bench.runtime.fixed_batch).float()
+            runtime = self.bench.runtime
+            return forward(network.eval(), self.inputs, runtime.fixed_batch, runtime.answer).float()
 
     def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""

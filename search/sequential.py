@@ -183,7 +183,9 @@ class _Sequential:
         self.precision.prepare(self.original)
         rebuild(self.module, self.state.rebuilt)
         places = cuts(self.module, first, min(BLOCKS, self.total))
-        self.blocks, self.targets = blocks(self.module, places), blocks(self.original, places)
+        self.blocks, self.targets = (
+            blocks(network, places, self.runtime.answer) for network in (self.module, self.original)
+        )
         self.ends = [round(self.total * (i + 1) / len(self.blocks)) for i in range(len(self.blocks))]
 
     def _whole(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -360,6 +362,7 @@ class _Sequential:
             original=self.reference if self.reference is not None else self.original,
             device=self.runtime.device,
             fixed_batch=self.runtime.fixed_batch,
+            answer=self.runtime.answer,
         )
         if not seen.finite:
             return None, (-math.inf, -math.inf)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from search import checkpoints
 from search.distill import Objective, objective, trivial_answer
+from search.intake import Answer, first_output
 from search.latency import pause_while_measuring
 from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher_is_better
 from search.precision import Precision, choose
@@ -61,6 +61,8 @@ class Runtime:
     device: str = "cpu"
     fixed_batch: int | None = None
     """The only batch size the network accepts; None: any."""
+    answer: Answer = first_output
+    """Picks the output that counts, where the network has several."""
     precision: Precision | None = None
     """None: the quickest of those that this machine offers, by timing real steps."""
     latency_lock: int | None = None
@@ -201,7 +203,7 @@ class _Training:
         self.optimizer = _optimizer(self.module, self.recipe)
         inputs, _ = self._to_device(next(self._stream(0)))
         with torch.no_grad():
-            teacher = forward(self.original, inputs, self.runtime.fixed_batch).float()
+            teacher = self._answer(self.original, inputs).float()
         self.loss_of: Objective = objective(
             self.data.task, self.metric, self.recipe, max(float(teacher.var(correction=0)), 1e-12)
         )
@@ -221,11 +223,9 @@ class _Training:
         return tuple(notes)
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self.precision = self.runtime.precision or choose(
-            lambda m, xs: forward(m, xs, self.runtime.fixed_batch), self.module, self.original, inputs, self.total
-        )
+        self.precision = self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)
         if self.total >= REBUILDING_STEPS:
-            self.state.rebuilt = quicker_rebuilt(self.module, partial(self._answer, inputs=inputs), self.precision)
+            self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._run(m, inputs), self.precision)
         torch.manual_seed(self.seed)
         self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
         self.best = _copy(self.module.state_dict())
@@ -302,8 +302,8 @@ class _Training:
             group["lr"] = rate
         self.module.train()
         with torch.no_grad():
-            teacher = self._answer(self.original, inputs)
-        answer = self._answer(self.module, inputs)
+            teacher = self._run(self.original, inputs)
+        answer = self._run(self.module, inputs)
         loss = self.loss_of(answer, teacher, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -317,10 +317,11 @@ class _Training:
         self.state.epoch_steps += 1
         return True
 
-    def _answer(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _run(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The network's answer in the training's number format, as float32."""
         inputs = tuple(self.precision.arrange(x) for x in inputs)
         with self.precision.autocast(inputs):
-            return forward(network, inputs, self.runtime.fixed_batch).float()
+            return self._answer(network, inputs).float()
 
     def _blown_up(self, loss: float, teacher: Tensor, labels: Tensor | None) -> bool:
         state = self.state
@@ -378,7 +379,11 @@ class _Training:
             original=self.reference if self.reference is not None else self.original,
             device=self.runtime.device,
             fixed_batch=self.runtime.fixed_batch,
+            answer=self.runtime.answer,
         )
+
+    def _answer(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return forward(network, inputs, self.runtime.fixed_batch, self.runtime.answer)
 
     def _rank(self, seen: Evaluation) -> tuple[float, float]:
         return (seen.value if higher_is_better(self.metric) else -seen.value, -seen.loss)

@@ -128,3 +128,21 @@ def test_a_refresh_that_is_refused_leaves_what_was_shown_and_says_so(page: Page,
     expect(rows).to_have_count(4)
     expect(other.get_by_text("may be old")).to_be_hidden()
     other.close()
+
+
+def test_what_keypoints_need_is_asked_for_them_only_and_sent(page: Page, service: Service, tmp_path: Path) -> None:
+    page.goto(f"{service.url}/#/new")
+    pairs = page.get_by_label("Joints that swap when mirrored, in pairs")
+    page.get_by_label("Task").select_option("segmentation")
+    expect(pairs).to_be_hidden()
+    page.get_by_label("Task").select_option("keypoints")
+    pairs.fill("2-5, 3-6")
+    page.get_by_label("A joint is found within").fill("0.2")
+    for name in ("model", "data"):
+        (tmp_path / name).write_bytes(name.encode())
+        page.locator(f"#{name}-file").set_input_files(tmp_path / name)
+    with page.expect_response(lambda r: r.url.endswith("/v1/datasets") and r.request.method == "POST") as answer:
+        page.get_by_role("button", name="Start the search").click()
+    assert answer.value.status == 202
+    spec = answer.value.json()["spec"]
+    assert (spec["task"], spec["mirror"], spec["pck_threshold"]) == ("keypoints", [[2, 5], [3, 6]], 0.2)
