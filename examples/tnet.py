@@ -3,7 +3,7 @@
     python -m examples.tnet --ratio 4 --out tnet.png
 
 All 24 3×3 kernels of a stacked hourglass are slices of one low-rank tensor (Kossaifi et al. 2019); ``--form dense``
-trains the same network with kernels of its own beside it. About two minutes on one thread.
+trains the same network with kernels of its own instead. A minute or two on one thread, if nothing else runs.
 """
 
 import argparse
@@ -65,7 +65,10 @@ def main() -> None:
     joints = find(small, test)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture(test, joints).save(arguments.out)
-    console.print(f"[bold]3[/] {arguments.out}: joints found [green]green[/], joints missed by half a head [red]red[/]")
+    console.print(
+        f"[bold]3[/] {arguments.out}: joints found [green]green[/], joints missed by half a head [red]red[/]",
+        soft_wrap=True,
+    )
     within = hits(joints, test)
     hardest = sorted(zip(within.mean(0), JOINTS, strict=True))[:3]
     console.print(

@@ -34,7 +34,8 @@ FORMS: dict[str, type[Factored]] = {
 HALF = "joint Tucker, half of the architecture's ranks"
 
 NEGLIGIBLE = 1.0
-"""Points of PCKh that we take "negligible loss" to mean."""
+"""Points of PCKh: what we take "negligible loss" to mean, and what a difference must exceed to count. Two networks of
+the same kind differ by about as much from the test figures alone."""
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,20 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         ratios = [ratio for ratio in RATIOS if (name, ratio) in gains]
         mild = {ratio: gains[name, ratio] for ratio in ratios if ratio < 2}
         if mild:
-            shown = max(mild.values()) > 0
-            notes.append(f"Better than dense at small compression, {name}: {_verdict(shown)} ({_list(mild)}).")
+            verdict = _verdict(max(mild.values()))
+            notes.append(f"Better than dense at small compression, {name}: {verdict} ({_list(mild)}).")
         high = {ratio: gains[name, ratio] for ratio in ratios if ratio > 2}
         if high:
-            shown = min(high.values()) > -NEGLIGIBLE
+            verdict = "shown" if min(high.values()) > -NEGLIGIBLE else "NOT shown"
             notes.append(
-                f"Negligible loss (under {NEGLIGIBLE:g} point) at high compression, {name}: "
-                f"{_verdict(shown)} ({_list(high)})."
+                f"Negligible loss (under {NEGLIGIBLE:g} point) at high compression, {name}: {verdict} ({_list(high)})."
             )
         beside = {
             r: gains[name, r] - gains["layer-wise Tucker", r] for r in ratios if ("layer-wise Tucker", r) in gains
         }
         if beside:
-            shown = min(beside.values()) > 0
-            notes.append(f"Better than layer-wise Tucker, {name}: {_verdict(shown)} ({_list(beside)}).")
+            verdict = _verdict(min(beside.values()))
+            notes.append(f"Better than layer-wise Tucker, {name}: {verdict} ({_list(beside)}).")
     return notes
 
 
@@ -203,8 +203,10 @@ def _gains(rows: list[dict[str, Any]]) -> dict[tuple[str, float], float]:
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
-def _verdict(shown: bool) -> str:
-    return "shown" if shown else "NOT shown"
+def _verdict(points: float) -> str:
+    if abs(points) < NEGLIGIBLE:
+        return "NOT decided, less than a point"
+    return "shown" if points > 0 else "NOT shown"
 
 
 def _list(points: dict[float, float]) -> str:
