@@ -80,6 +80,7 @@ class Shuffled(FactorizedLayer):
     """int64, a scalar."""
     amounts: Tensor
     bias: nn.Parameter | None
+    _kept: _Kept | None
 
     def reseed(self, seed: int) -> None:
         """Shuffle by another permutation.
