@@ -18,13 +18,12 @@ from db import datasets, jobs, overview
 from db.engine import Database, now
 from db.settings import Settings
 from db.tables import Dataset, Job
-from search.spec import METHOD_NAMES, METRICS_OF_TASK, Budget, DataSpec, JobSpec, Metric
+from search.spec import FRACTIONS, METHOD_NAMES, METRICS_OF_TASK, Budget, DataSpec, JobSpec, Metric
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-FRACTIONS = {Metric.ACCURACY, Metric.TOP5, Metric.AGREEMENT}
 STEER = responses(401, 403, 404, 409, 422)
 
 

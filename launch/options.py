@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--std", type=_numbers, help="of each channel, after scaling")
     parser.add_argument("--layout", choices=("as_is", "nhwc"), help="nhwc: images with channels last")
     parser.add_argument("--augment", choices=[a.value for a in Augmentation], help="of the training images")
+    parser.add_argument("--pck-threshold", type=float, help="keypoints: a joint is found within so much of the length")
+    parser.add_argument(
+        "--mirror", type=_pairs, help="keypoints: joints that swap in a mirrored image: 2-5,3-6 or none"
+    )
+    parser.add_argument("--heatmap-sigma", type=float, help="keypoints: of the original's heatmaps (default 1 pixel)")
     parser.add_argument("--workers", type=int, help="trials at once (default: one for two cores, at most 4)")
     parser.add_argument("--data-dir", type=Path, help="keep the service's data here (default: a scratch folder)")
     parser.add_argument("--out", "-o", type=Path, required=True, help="folder for the result")
@@ -52,9 +57,13 @@ def job_fields(options: argparse.Namespace, workers: int) -> dict[str, Any]:
         "metric": options.metric,
         "minimize": options.minimize or [Cost.PARAMETERS.value],
         "architecture": options.architecture,
-        "data_spec": {"task": options.task, "transform": transform},
+        "data_spec": {
+            "task": options.task,
+            "transform": transform,
+            **_given(pck_threshold=options.pck_threshold, mirror=options.mirror),
+        },
         "search": _given(trials=options.trials, hours=options.hours, parallel=workers),
-        "fine_tune": _given(epochs=options.epochs),
+        "fine_tune": _given(epochs=options.epochs, heatmap_sigma=options.heatmap_sigma),
     }
 
 
@@ -65,6 +74,10 @@ def architecture(text: str) -> dict[str, Any]:
 
 def _given(**values: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
+
+
+def _pairs(text: str) -> list[list[int]]:
+    return [] if text == "none" else [[int(joint) for joint in pair.split("-")] for pair in text.split(",")]
 
 
 def _numbers(text: str) -> list[float]:

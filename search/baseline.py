@@ -1,12 +1,16 @@
 """Does the original behave as promised, and what may be lost of it?"""
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from search.errors import BadBaseline, BadRequest
 from search.metrics import Evaluation, drop, higher_is_better
-from search.spec import METRICS_OF_TASK, Budget, Metric, Task
+from search.spec import IGNORED_CLASS, METRICS_OF_TASK, Budget, Metric, Task
 
-__all__ = ["allowed_drop", "check_baseline", "metric_of", "seen_before"]
+__all__ = ["allowed_drop", "blind_value", "check_baseline", "metric_of", "seen_before"]
 
 NORMALISATION = (
     "The commonest cause is another normalisation than in training: check transform.scale, mean, std and layout, and "
@@ -36,23 +40,21 @@ def allowed_drop(budget: Budget, metric: Metric, original: float) -> float:
     return drop(metric, original, budget.min_value)
 
 
-def check_baseline(
-    budget: Budget, metric: Metric, select: Evaluation, verify: Evaluation, commonest: float | None
-) -> None:
+def check_baseline(budget: Budget, metric: Metric, select: Evaluation, verify: Evaluation, blind: float | None) -> None:
     """Raise BadBaseline when the original cannot be what its owner thinks it is.
 
-    ``commonest``: share of the commonest class on the select split; None when there are no classes.
+    ``blind``: ``blind_value`` of the select split.
     """
     if not (select.finite and verify.finite):
         raise BadBaseline("baseline_not_finite", f"the original itself gives non-finite outputs here. {NORMALISATION}")
     value, n = select.value, len(select.scores)
-    if metric is Metric.ACCURACY and commonest is not None:
-        error = math.sqrt(commonest * (1 - commonest) / n)
-        if value <= commonest + 2 * error:
+    if blind is not None:
+        error = math.sqrt(blind * (1 - blind) / n)
+        if value <= blind + 2 * error:
             raise BadBaseline(
                 "baseline_suspicious",
-                f"the original's accuracy is {value:.4f} on the {n} samples of the select split, no better than always "
-                f"answering the commonest class ({commonest:.4f}). {NORMALISATION}",
+                f"the original's {metric} is {value:.4f} on the {n} samples of the select split, no better than always "
+                f"answering {_BLIND_ANSWER[metric]} ({blind:.4f}). {NORMALISATION}",
             )
     if budget.expect is not None:
         # People know the test figure; on rows that it was trained on the original may stand far above it.
@@ -72,6 +74,44 @@ def check_baseline(
                     f"min_value asks for {metric} {budget.min_value:g}, but the original itself has {seen.value:.4f} "
                     f"on the {name} split: ask for less, or for a max_drop",
                 )
+
+
+_BLIND_ANSWER = {
+    Metric.ACCURACY: "the commonest class",
+    Metric.MIOU: "the commonest class",
+    Metric.PIXEL_ACCURACY: "the commonest class",
+    Metric.PCK: "each joint's mean place",
+}
+
+
+def blind_value(metric: Metric, targets: Iterable[Tensor]) -> float | None:
+    """The metric of the best answer that looks at nothing, from a split's targets in batches; None where the metric has
+    no such answer (a loss, top 5, no labels)."""
+    if metric is Metric.PCK:
+        return _mean_places(torch.cat(list(targets)))
+    if metric not in _BLIND_ANSWER:
+        return None
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in targets:
+        counted = batch if metric is Metric.ACCURACY else batch[batch != IGNORED_CLASS]
+        more = counted.flatten().bincount(minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    if counts.sum() == 0:
+        return None
+    share = float(counts.max() / counts.sum())
+    # Of the commonest class all is found, but everything else is answered so too; of the others nothing is found.
+    return share / int((counts > 0).sum()) if metric is Metric.MIOU else share
+
+
+def _mean_places(joints: Tensor) -> float | None:
+    """``joints``: (n, joints, 4), see ``search.heatmaps``. Distances as in a square image."""
+    counts = joints[..., 2]
+    if counts.sum() == 0:
+        return None
+    place = (joints[..., :2] * counts[..., None]).sum(0) / counts.sum(0).clamp_min(1)[:, None]
+    found = (joints[..., :2] - place).norm(dim=-1) <= joints[..., 3]
+    return float((found * counts).sum() / counts.sum())
 
 
 def seen_before(metric: Metric, select: Evaluation, verify: Evaluation) -> str | None:

@@ -107,7 +107,7 @@ class Bench:
     @property
     def classes(self) -> bool:
         """Whether outputs are logits."""
-        return self.data.task is Task.CLASSIFICATION or self.metric is Metric.AGREEMENT
+        return self.data.task in (Task.CLASSIFICATION, Task.SEGMENTATION) or self.metric is Metric.AGREEMENT
 
     def _evaluate(self, network: nn.Module, split: Samples, reference: Tensor | None) -> Evaluation:
         return evaluate(
@@ -117,10 +117,14 @@ class Bench:
             original=reference,
             device=self.runtime.device,
             fixed_batch=self.runtime.fixed_batch,
+            answer=self.runtime.answer,
         )
 
     def _outputs(self, split: Samples) -> Tensor:
-        return outputs(self.original, split, device=self.runtime.device, fixed_batch=self.runtime.fixed_batch)
+        runtime = self.runtime
+        return outputs(
+            self.original, split, device=runtime.device, fixed_batch=runtime.fixed_batch, answer=runtime.answer
+        )
 
 
 def read_weights(original: nn.Module, path: Path) -> tuple[nn.Module, Plan]:

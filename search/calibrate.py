@@ -12,19 +12,19 @@ that a large mean does not eat the digits of a small variance; each batch in flo
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Moments", "Rows", "Statistics", "collect", "weight_of"]
+from search.matrices import groups_of, has_windows, matrices, windows
+from search.recurrent import RECURRENT, named_matrices, operands
+
+__all__ = ["Moments", "RecurrentMoments", "Rows", "Statistics", "TokenMoments", "collect", "moments_of"]
 
 ROWS = 256
 """Rows drawn for each column of a layer's matrix: the moments' own noise is then well below one per cent."""
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Statistics:
     """What the decompositions need to know of one layer's data; float64, on the CPU."""
 
     second: Tensor
-    """(groups, n, n) with n = in / groups * taps."""
+    """(groups, n, n) with n = in / groups * taps. (groups, n), its diagonal, for an Embedding: how often each token
+    comes."""
     cross: Tensor
     """(groups, out / groups, n)."""
     energy: Tensor
@@ -45,6 +46,8 @@ class Statistics:
     """Rows (samples times output positions) behind them."""
     input_sizes: tuple[int, ...] = ()
     """Spatial sizes of a convolution's input; a Linear's axes between the samples and the features (tokens)."""
+    parts: Mapping[str, "Statistics"] = field(default_factory=dict)
+    """Those of each matrix of a recurrent layer (``search.recurrent``), which has nothing else to tell."""
 
 
 class Moments:
@@ -55,7 +58,7 @@ class Moments:
 
     def __init__(self, layer: nn.Module, *, centred: bool = True) -> None:
         self.layer = layer
-        self.groups = layer.groups if isinstance(layer, _CONVS) else 1
+        self.groups = groups_of(layer)
         self.centred = centred
         self.input_sizes: tuple[int, ...] = ()
         self.calls = 0
@@ -68,7 +71,7 @@ class Moments:
     def see(self, x: Tensor) -> None:
         """Note the spatial sizes of an input that rows are drawn from."""
         self.calls += 1
-        self.input_sizes = tuple(x.shape[2:] if isinstance(self.layer, _CONVS) else x.shape[1:-1])
+        self.input_sizes = tuple(_sizes(self.layer, x))
 
     def add(self, x: Tensor, y: Tensor, *, target_only: bool = False) -> None:
         """Some rows: ``x`` (groups, rows, n) as ``Rows`` gives them, ``y`` (rows, out) the outputs wanted for them.
@@ -112,6 +115,93 @@ class Moments:
         return Statistics(xx, yx, yy, mean_x, mean_y.flatten(), self._rows[0], self.input_sizes)
 
 
+class RecurrentMoments:
+    """``Moments`` of each matrix of an LSTM or a GRU, with what the matrix itself makes of its operands as target."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        self.layer = layer
+        self.input_sizes: tuple[int, ...] = ()
+        self._parts = {name: Moments(layer, centred=layer.bias) for name in named_matrices(layer)}
+
+    def add(self, x: Tensor, *states: Tensor | tuple[Tensor, ...]) -> None:
+        """A batch as the layer is called with it, each state by itself or in a tuple."""
+        self.input_sizes = (x.shape[1 if self.layer.batch_first else 0],)
+        flat = [t for s in states for t in (s if isinstance(s, tuple) else (s,))]
+        weights = named_matrices(self.layer)
+        for name, rows in operands(self.layer, x, flat).items():
+            rows, weight = rows.detach().float(), weights[name].detach().float()
+            self._parts[name].add(rows[None], rows @ weight.T)
+
+    def finish(self) -> Statistics:
+        """The moments of what was added.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        parts = {name: moments.finish() for name, moments in self._parts.items()}
+        count, none = next(iter(parts.values())).count, torch.zeros(0)
+        return Statistics(none, none, none, none, none, count, self.input_sizes, parts)
+
+
+class TokenMoments:
+    """``Moments`` of an Embedding, whose input is a unit vector for each token: C is diagonal. Never centred."""
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        self.layer = layer
+        self.input_sizes: tuple[int, ...] = ()
+        self.calls = 0
+        self._seen = torch.zeros(layer.num_embeddings, dtype=torch.float64)
+        self._rows = 0
+        self.retarget()
+
+    def see(self, x: Tensor) -> None:
+        """Note the sizes of the axes between the samples and the features."""
+        self.calls += 1
+        self.input_sizes = _sizes(self.layer, x)
+
+    def add(self, x: Tensor, y: Tensor, *, target_only: bool = False) -> None:
+        """Some rows: ``x`` (1, rows) indices, ``y`` (rows, out)."""
+        tokens, wide = x[0].cpu(), y.double().cpu()
+        if not target_only:
+            self._seen += torch.bincount(tokens, minlength=len(self._seen))
+            self._rows += len(tokens)
+        self._sums.index_add_(0, tokens, wide)
+        self._energy += wide.square().sum(0)
+        self._targets += len(tokens)
+
+    def retarget(self) -> None:
+        """Forget the targets, keep the tokens' frequencies."""
+        shape = self.layer.weight.shape
+        self._sums = torch.zeros(shape, dtype=torch.float64)
+        self._energy = torch.zeros(shape[1], dtype=torch.float64)
+        self._targets = 0
+
+    def finish(self) -> Statistics:
+        """The moments of what was added.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._targets:
+            raise ValueError("no calibration batch reached this layer: the network never calls it, or there were none")
+        shares, cross = self._seen / self._rows, self._sums.T / self._targets
+        energy = self._energy / self._targets
+        mean = cross.sum(1)
+        return Statistics(shares[None], cross[None], energy[None], shares[None], mean, self._rows, self.input_sizes)
+
+
+def moments_of(layer: nn.Module, *, centred: bool = True) -> Moments | TokenMoments:
+    """Empty sums for a layer, of its kind."""
+    return TokenMoments(layer) if isinstance(layer, nn.Embedding) else Moments(layer, centred=centred)
+
+
+def _sizes(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Spatial sizes of an input, or its axes between samples and features."""
+    if isinstance(layer, nn.Embedding):
+        return tuple(x.shape[1:])
+    return tuple(x.shape[2:] if has_windows(layer) else x.shape[1:-1])
+
+
 def _accumulate(sums: list[Tensor], *new: Tensor) -> None:
     wide = [v.double().cpu() for v in new]
     if sums:
@@ -127,14 +217,12 @@ class Rows:
     def __init__(self, layer: nn.Module, samples: int, *, rows: int = ROWS) -> None:
         """``samples``: how many samples are expected in all."""
         self.layer = layer
-        self.is_conv = isinstance(layer, _CONVS)
-        self.groups = layer.groups if isinstance(layer, _CONVS) else 1
-        self.width = weight_of(layer)[0].numel()
+        self.groups, _, self.width = matrices(layer).shape
         self.per_sample = math.ceil(rows * self.width / max(samples, 1))
 
     def draw(self, output: Tensor, seed: int) -> tuple[Tensor, ...] | None:
         """Indices (sample, position along each axis) into an output of the layer; None takes all of it."""
-        sizes = output.shape[2:] if self.is_conv else output.shape[1:-1]
+        sizes = output.shape[2:] if has_windows(self.layer) else output.shape[1:-1]
         positions = math.prod(sizes)
         if self.per_sample >= positions:
             return None
@@ -144,16 +232,21 @@ class Rows:
         return (samples.flatten(), *torch.unravel_index(chosen.flatten(), sizes))
 
     def inputs(self, x: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
-        """(groups, rows, in / groups * taps): what the layer's matrix multiplies at the drawn rows."""
-        if not self.is_conv:
+        """(groups, rows, in / groups * taps): what the layer's matrix multiplies at the drawn rows.
+
+        Of an Embedding (1, rows) indices, which stand for unit vectors.
+        """
+        if isinstance(self.layer, nn.Embedding):
+            return (x if index is None else x[index]).reshape(1, -1)
+        if not has_windows(self.layer):
             return (x if index is None else x[index]).reshape(1, -1, x.shape[-1])
-        windows = _windows(self.layer, x)
-        rows = windows if index is None else windows[index]
+        views = windows(self.layer, x)
+        rows = views if index is None else views[index]
         return rows.reshape(-1, self.groups, self.width).transpose(0, 1).contiguous()
 
     def outputs(self, y: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
         """(rows, out) of something shaped like the layer's output."""
-        y = y.movedim(1, -1) if self.is_conv else y
+        y = y.movedim(1, -1) if has_windows(self.layer) else y
         return (y if index is None else y[index]).reshape(-1, y.shape[-1])
 
 
@@ -170,19 +263,16 @@ def collect(
     A layer that is called several times in a pass counts all its calls. ``samples``: how many the batches hold, about;
     it decides how many positions of each are drawn.
     """
-    moments = {site: Moments(module.get_submodule(site)) for site in sites}
+    moments: dict[str, Moments | TokenMoments | RecurrentMoments] = {}
     handles = []
-    for site, running in moments.items():
-        rows = Rows(module.get_submodule(site), samples)
-
-        def hook(
-            _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, running: Moments = running, rows: Rows = rows
-        ) -> None:
-            index = rows.draw(output, running.calls)
-            running.see(inputs[0])
-            running.add(rows.inputs(inputs[0], index).float(), rows.outputs(output, index).float())
-
-        handles.append(module.get_submodule(site).register_forward_hook(hook))
+    for site in sites:
+        layer = module.get_submodule(site)
+        if isinstance(layer, RECURRENT):
+            states = moments[site] = RecurrentMoments(layer)
+            handles.append(layer.register_forward_pre_hook(lambda _, inputs, states=states: states.add(*inputs)))
+        else:
+            running = moments[site] = moments_of(layer)
+            handles.append(layer.register_forward_hook(_adding(running, Rows(layer, samples))))
     was_training = module.training
     module.eval()
     try:
@@ -195,24 +285,11 @@ def collect(
     return {site: running.finish() for site, running in moments.items()}
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The layer's weight, typed."""
-    weight = layer.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(layer).__name__} has no weight tensor")
-    return weight
+def _adding(running: Moments | TokenMoments, rows: Rows) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        index = rows.draw(output, running.calls)
+        running.see(inputs[0])
+        x = rows.inputs(inputs[0], index)
+        running.add(x.float() if x.is_floating_point() else x, rows.outputs(output, index).float())
 
-
-def _windows(layer: nn.Module, x: Tensor) -> Tensor:
-    """A view of the padded input: (batch, *out, in, *kernel)."""
-    if not isinstance(layer, _CONVS):
-        raise TypeError(f"{type(layer).__name__} has no windows")
-    d = len(layer.kernel_size)
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    for axis in range(d):
-        # The dilated extent along this axis, then every dilation-th entry of it.
-        dilation = layer.dilation[axis]
-        x = x.unfold(2 + axis, dilation * (layer.kernel_size[axis] - 1) + 1, layer.stride[axis])[..., ::dilation]
-    return x.movedim(1, 1 + d)
+    return hook

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from search import report
+from search.intake import Answer, first_output, last_output
 from search.metrics import Samples, forward
 from search.spec import ExportFormat, Metric, Plan, TensorInfo
 from tenfold import exporting
@@ -24,7 +25,7 @@ __all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx
 
 CHECK_ROWS = 2048
 CHECK_BYTES = 16 << 20
-"""Of the inputs in check.npz, whichever limit comes first."""
+"""Of the inputs and answers in check.npz, whichever limit comes first."""
 CHECK_BATCH = 32
 FOLDED = 256
 """Constants of an ONNX graph are folded up to so many elements, and beyond where that does not make the file larger: a
@@ -123,21 +124,23 @@ def write_check(
     *,
     reference: nn.Module | None = None,
     fixed_batch: int | None = None,
+    answer: Answer = first_output,
 ) -> Path:
     """Inputs, expected answers and labels (or the ``reference`` network's answers) for ``search/reload.py``."""
     batch = fixed_batch or CHECK_BATCH
     inputs: list[tuple[Tensor, ...]] = []
     targets, expected, wanted = [], [], []
     first = next(iter(samples.batches(1)))[0]
-    row_bytes = sum(x.numel() * x.element_size() for x in first)
-    limit = max(1, min(len(samples), CHECK_ROWS, CHECK_BYTES // row_bytes))
     module.eval()
     with torch.no_grad():
+        stored = (*first, forward(module, first, fixed_batch, answer))  # a map may be larger than what it is of
+        row_bytes = sum(x.numel() * x.element_size() for x in stored)
+        limit = max(1, min(len(samples), CHECK_ROWS, CHECK_BYTES // row_bytes))
         for xs, target in samples.batches(batch, limit=limit):
             inputs.append(xs)
-            expected.append(forward(module, xs, fixed_batch).float())
+            expected.append(forward(module, xs, fixed_batch, answer).float())
             if reference is not None:
-                wanted.append(forward(reference, xs, fixed_batch).float())
+                wanted.append(forward(reference, xs, fixed_batch, answer).float())
             elif target is not None:
                 targets.append(target)
     arrays = {f"input_{i}": torch.cat([xs[i] for xs in inputs]).numpy() for i in range(len(first))}
@@ -146,7 +149,7 @@ def write_check(
         arrays["reference"] = torch.cat(wanted).numpy()
     else:
         arrays["targets"] = torch.cat(targets).numpy()
-    facts = {"metric": metric.value, "inputs": len(first), "batch": batch}
+    facts = {"metric": metric.value, "inputs": len(first), "batch": batch, "last": answer is last_output}
     np.savez(path, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
     return path
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from search import cost
 from search.decompose import METHODS
 from search.intake import LiftedModel
+from search.recurrent import RECURRENT
 from search.spec import LayerInfo, ModelInfo
 
 __all__ = ["describe", "layer_table"]
@@ -93,7 +94,7 @@ def _reason(module: nn.Module) -> str:
     if any(r is None for r in reasons):
         return ""
     kind = type(module).__name__.removeprefix("Flat")
-    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(module, (nn.Linear, nn.Embedding, *_CONVS, *_TRANSPOSED, *RECURRENT)):
         return f"no method replaces {kind} yet"
     return next((r for r in reasons if r), f"no method replaces {kind}")
 

@@ -1,11 +1,12 @@
 """How good a network is on a split: one number, and one score for each sample so that differences can be paired.
 
 Every metric is the mean of its per-sample scores, the relative ones too (their scores are divided by the split's own
-scale), so that a drop, its interval and the metric itself never disagree.
+scale) and those of a whole split (``search.tally``), so that a drop, its interval and the metric itself never disagree.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Protocol
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search.errors import BadData
-from search.intake import first_output
-from search.spec import Interval, Metric
+from search.intake import Answer, first_output
+from search.spec import FRACTIONS, Interval, Metric
+from search.tally import TALLIED, joined, scores, tally
 
 __all__ = [
     "Evaluation",
@@ -33,8 +35,11 @@ __all__ = [
 
 Scores = np.ndarray[tuple[int], np.dtype[np.float64]]
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
+Answers = Generator[tuple[Tensor, Tensor | None]]
 
 TINY = 1e-12
+BATCH, MAPS_BATCH = 256, 32
+"""Samples evaluated at a time; those that are answered by a map are large."""
 
 
 class Samples(Protocol):
@@ -61,14 +66,14 @@ class Evaluation:
 
 
 def higher_is_better(metric: Metric) -> bool:
-    return metric in (Metric.ACCURACY, Metric.TOP5, Metric.AGREEMENT)
+    return metric in FRACTIONS
 
 
 def drop(metric: Metric, original: float, value: float) -> float:
     """How much worse ``value`` is than ``original``, in the budget's units; positive is worse.
 
-    A fraction for accuracies and agreement, a relative increase for the MSE, the value itself for the output error
-    (the original's own is 0).
+    A difference for shares (accuracies, agreement, mIoU, PCK), a relative increase for the MSE, the value itself for
+    the output error (the original's own is 0).
     """
     if higher_is_better(metric):
         return original - value
@@ -77,10 +82,13 @@ def drop(metric: Metric, original: float, value: float) -> float:
     return (value - original) / max(original, TINY)
 
 
-def forward(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: int | None = None) -> Tensor:
-    """The first output for ``inputs`` of any length; a network with a fixed batch gets chunks, the last one padded."""
+def forward(
+    module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: int | None = None, answer: Answer = first_output
+) -> Tensor:
+    """The output that counts for ``inputs`` of any length; a network with a fixed batch gets chunks, the last one
+    padded."""
     if fixed_batch is None:
-        return first_output(module(*inputs))
+        return answer(module(*inputs))
     size = inputs[0].shape[0]
     parts = []
     for start in range(0, size, fixed_batch):
@@ -88,7 +96,7 @@ def forward(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: int | No
         missing = fixed_batch - chunk[0].shape[0]
         if missing:
             chunk = [torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in chunk]
-        parts.append(first_output(module(*chunk)))
+        parts.append(answer(module(*chunk)))
     return torch.cat(parts)[:size]
 
 
@@ -96,12 +104,13 @@ def outputs(
     module: nn.Module,
     split: Samples,
     *,
-    batch_size: int = 256,
+    batch_size: int = BATCH,
     device: torch.device | str = "cpu",
     fixed_batch: int | None = None,
+    answer: Answer = first_output,
 ) -> Tensor:
-    """The first output of every sample, (n, …) in float32 on the CPU, in evaluation mode."""
-    return _predictions(module, split, batch_size, device, fixed_batch)[0]
+    """The output that counts of every sample, (n, …) in float32 on the CPU, in evaluation mode."""
+    return torch.cat([y for y, _ in _answers(module, split, batch_size, device, fixed_batch, answer)])
 
 
 def evaluate(
@@ -110,25 +119,30 @@ def evaluate(
     metric: Metric,
     *,
     original: nn.Module | Tensor | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     fixed_batch: int | None = None,
+    answer: Answer = first_output,
 ) -> Evaluation:
     """Measure ``module`` on a split, in evaluation mode, without gradients.
 
     ``original``: the uncompressed network, or its ``outputs`` on this very split; only AGREEMENT and OUTPUT_ERROR
-    need it. Raises BadData when the metric needs labels that the split does not have.
+    need it. ``answer``: picks the output that counts. Raises BadData when the metric needs labels that the split does
+    not have, or maps of another size.
     """
-    y, targets = _predictions(module, split, batch_size, device, fixed_batch)
+    size = batch_size or (MAPS_BATCH if metric in TALLIED else BATCH)
+    answers = _answers(module, split, size, device, fixed_batch, answer)
+    if metric in TALLIED:
+        return _tallied(metric, answers, len(split))
+    seen = list(answers)
+    y = torch.cat([y for y, _ in seen])
     if metric in (Metric.AGREEMENT, Metric.OUTPUT_ERROR):
         if original is None:
             raise ValueError(f"{metric} compares with the original network: pass original=")
         if isinstance(original, nn.Module):
-            original = outputs(original, split, batch_size=batch_size, device=device, fixed_batch=fixed_batch)
+            original = outputs(original, split, batch_size=size, device=device, fixed_batch=fixed_batch, answer=answer)
         return _against_original(metric, y, original)
-    if targets is None:
-        raise BadData("labels_missing", f"the metric {metric} needs labels, but this data has none: use output_error")
-    return _against_targets(metric, y, targets)
+    return _against_targets(metric, y, torch.cat([_labels(metric, target) for _, target in seen]))
 
 
 def paired_interval(metric: Metric, original: Scores, scores: Scores, level: float = 0.95) -> Interval:
@@ -166,24 +180,43 @@ def class_last(logits: Tensor, targets: Tensor | None = None) -> Tensor:
     return logits if last else logits.movedim(1, -1)
 
 
-def _predictions(
-    module: nn.Module, split: Samples, batch_size: int, device: torch.device | str, fixed_batch: int | None
-) -> tuple[Tensor, Tensor | None]:
+def _answers(
+    module: nn.Module,
+    split: Samples,
+    batch_size: int,
+    device: torch.device | str,
+    fixed_batch: int | None,
+    answer: Answer,
+) -> Answers:
+    """Batch by batch: the answers in float32 on the CPU, and the targets."""
     training = module.training
     home = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     module.to(device).eval()
-    predicted: list[Tensor] = []
-    targets: list[Tensor] = []
     try:
-        with torch.no_grad():
-            for inputs, target in split.batches(batch_size):
-                y = forward(module, tuple(x.to(device) for x in inputs), fixed_batch)
-                predicted.append(y.float().cpu())
-                if target is not None:
-                    targets.append(target)
+        for inputs, target in split.batches(batch_size):
+            with torch.no_grad():
+                y = forward(module, tuple(x.to(device) for x in inputs), fixed_batch, answer)
+            yield y.float().cpu(), target
     finally:
         module.to(home).train(training)
-    return torch.cat(predicted), torch.cat(targets) if targets else None
+
+
+def _labels(metric: Metric, targets: Tensor | None) -> Tensor:
+    if targets is None:
+        raise BadData("labels_missing", f"the metric {metric} needs labels, but this data has none: use output_error")
+    return targets
+
+
+def _tallied(metric: Metric, answers: Answers, n: int) -> Evaluation:
+    """Counted batch by batch: the maps of a whole split would not fit in memory."""
+    parts = []
+    with closing(answers):
+        for y, targets in answers:
+            if not torch.isfinite(y).all():
+                return _not_finite(n)
+            parts.append(tally(metric, y, _labels(metric, targets)))
+    value, loss, each = scores(metric, joined(parts))
+    return Evaluation(value, loss, each.numpy())
 
 
 def _against_targets(metric: Metric, y: Tensor, targets: Tensor) -> Evaluation:

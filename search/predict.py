@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from search.front import measured
-from search.spec import Cost, FineTune, JobSpec, Metric, Profile, Rung, TrialRecord, TrialResult
+from search.spec import FRACTIONS, Cost, FineTune, JobSpec, Profile, Rung, TrialRecord, TrialResult
 
 __all__ = ["Prediction", "Predictor", "compression", "unit"]
 
@@ -84,7 +84,7 @@ class _ShortModel:
         self._profile = profile
         self._unit = unit(profile)
         # Relative losses move further than accuracies: a lost point of accuracy is several per cent of loss.
-        scale = 1.0 if profile.metric in (Metric.ACCURACY, Metric.TOP5, Metric.AGREEMENT) else 5.0
+        scale = 1.0 if profile.metric in FRACTIONS else 5.0
         recovers = float(np.clip(0.25 * max(recipe.short_epochs, 0.1) ** -0.3, 0.05, 0.6))
         self._mean: Vector = np.array([0.0, recovers, 0.015 * scale])
         self._covariance: Vector = np.diag(np.array([0.5, 0.5 * recovers, 0.008 * scale]) ** 2)

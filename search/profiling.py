@@ -1,6 +1,7 @@
 """What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +15,9 @@ from search.calibrate import Statistics, collect
 from search.chains import follow
 from search.decompose import AUTO, METHODS
 from search.errors import BadRequest
+from search.matrices import matrices, weight_of
 from search.metrics import class_last, forward
+from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 
@@ -79,8 +82,7 @@ def _choice(
     kept: Plan,
 ) -> SiteChoice:
     layer = network.get_submodule(info.name)
-    weight = _weight(layer)
-    positions = max(1, info.macs // weight.numel())
+    positions = _positions(info, layer)
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
     for name in methods:
@@ -159,7 +161,8 @@ class _Probe:
 
     def _answers(self, network: nn.Module) -> Tensor:
         with torch.no_grad():
-            return forward(network.eval(), self.inputs, self.bench.runtime.fixed_batch).float()
+            runtime = self.bench.runtime
+            return forward(network.eval(), self.inputs, runtime.fixed_batch, runtime.answer).float()
 
     def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""
@@ -175,10 +178,7 @@ def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     group: list[str] = []
     used = 0
     for name in names:
-        layer = network.get_submodule(name)
-        weight = _weight(layer)
-        width = weight[0].numel()
-        size = 8 * (int(getattr(layer, "groups", 1)) * width * width + len(weight) * width)
+        size = _statistics_bytes(network.get_submodule(name))
         if group and used + size > STATISTICS_BYTES:
             yield group
             group, used = [], 0
@@ -188,9 +188,20 @@ def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.get_parameter("weight")
-    return weight
+def _statistics_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, RECURRENT):
+        return 8 * sum(w.shape[1] * sum(w.shape) for w in named_matrices(layer).values())
+    groups, out, n = matrices(layer).shape
+    return 8 * groups * n * (out + (1 if isinstance(layer, nn.Embedding) else n))
+
+
+def _positions(info: LayerInfo, layer: nn.Module) -> int:
+    """How often the weight is applied to one sample: for an Embedding, how many tokens are looked up; the steps of a
+    recurrent layer."""
+    if isinstance(layer, nn.Embedding):
+        return math.prod(info.output) // layer.embedding_dim
+    weights = named_matrices(layer).values() if isinstance(layer, RECURRENT) else (weight_of(layer),)
+    return max(1, info.macs // sum(w.numel() for w in weights))
 
 
 def _may_change(bench: Bench, name: str) -> bool:

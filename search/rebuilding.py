@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from search.precision import Precision
 from tenfold.layers import FactorizedLayer
-from tenfold.layers.base import ConvChain
+from tenfold.layers.base import ConvChain, TransposedChain
 
 __all__ = ["chained", "quicker_rebuilt", "rebuild"]
 
@@ -27,6 +27,7 @@ CLEARLY = 0.95
 REPEATS = 3
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def quicker_rebuilt(module: nn.Module, run: Callable[[nn.Module], Any], precision: Precision) -> tuple[str, ...]:
@@ -66,6 +67,8 @@ def chained(module: nn.Module) -> None:
 
 
 def _rebuilt_forward(layer: nn.Module) -> Callable[[FactorizedLayer, Tensor], Tensor] | None:
+    if isinstance(layer, TransposedChain):
+        return _convolve_transposed
     if isinstance(layer, ConvChain):
         return _convolve if layer.padding_mode == "zeros" else None
     return _multiply if isinstance(layer, FactorizedLayer) and layer.replaces == (nn.Linear,) else None
@@ -75,6 +78,14 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
     convolution = _CONVOLUTIONS[len(layer.kernel_size) - 1]
     return convolution(
         x, _weight(layer, x), layer.output_bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def _convolve_transposed(layer: Any, x: Tensor) -> Tensor:
+    convolution = _TRANSPOSED[len(layer.kernel_size) - 1]
+    return convolution(
+        *(x, _weight(layer, x), layer.output_bias, layer.stride, layer.padding),
+        *(layer.output_padding, layer.groups, layer.dilation),
     )
 
 

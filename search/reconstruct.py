@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from search.calibrate import Moments, Statistics, collect, weight_of
+from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
 from search.decompose import METHODS
 from search.decompose.base import problems
 from search.errors import BadRequest
+from search.matrices import matrices, weight_from, weight_of
 from search.norms import NORMS, affine, blend, recalibrate_batch_norm, typed
+from search.recurrent import RECURRENT
 from search.spec import Plan, SitePlan
 from search.surgery import replace
 from search.targets import Options, Target, bias_of, dense_weight
@@ -81,14 +83,15 @@ def fit_alone(network: nn.Module, site: str, entry: SitePlan, statistics: Statis
     """
     layer = network.get_submodule(site)
     norm, metric = _norm_behind(network, site), None
-    if isinstance(layer, nn.Linear) and statistics is not None and statistics.input_sizes:
+    if isinstance(layer, nn.Linear | nn.Embedding) and statistics is not None and statistics.input_sizes:
         norm = None  # a batch norm over tokens, not over the layer's outputs
     if norm is not None:
         metric = affine(norm)[0].square()
     fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric)
     replace(network, site, fit.module)
     if statistics is not None:
-        shift = _correct_mean(fit.module, statistics, layer.bias is not None or norm is not None)
+        takes_mean = bias_of(layer) is not None or norm is not None
+        shift = _correct_mean(layer, fit.module, statistics, takes_mean)
         if shift is not None and norm is not None:
             typed(norm).running_mean = typed(norm).running_mean - shift
     return fit.error
@@ -232,8 +235,11 @@ class _Walk:
         layer = self.network.get_submodule(site)
         if site not in self.plan and source not in self.dirty and self.same[site]:
             return
+        if isinstance(layer, RECURRENT):
+            self._fit_recurrent(node, site, layer)
+            return
         target = Target(self, node, site, layer)
-        moments = Moments(layer, centred=target.takes_mean)
+        moments = moments_of(layer, centred=target.takes_mean)
         moments.see(self.got[source][0])
         for b, x in target.rows(self.got[source]):
             moments.add(x, target.values(b))
@@ -249,16 +255,33 @@ class _Walk:
         if norm is not None:
             self.same[norm] = False
 
+    def _fit_recurrent(self, node: fx.Node, site: str, layer: nn.RNNBase) -> None:
+        """To the network's own inputs and states; what the gates read is wanted as the layer itself would have it."""
+        if site not in self.plan:
+            return
+        moments = RecurrentMoments(layer)
+        for b in range(len(self.batches)):
+            inputs: Any = fx.node.map_arg(node.args, lambda n, b=b: self.got[n][b])  # type: ignore[misc]
+            moments.add(*inputs)
+        replace(self.network, site, self._factors(site, layer, moments.finish(), None, None))
+        self.same[site] = False
+
+    def _factors(
+        self, site: str, layer: nn.Module, statistics: Statistics, metric: Tensor | None, start: nn.Module | None
+    ) -> nn.Module:
+        entry = self.plan[site]
+        fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric, start=start)
+        self.errors[site] = fit.error
+        return fit.module
+
     def _solve(
         self, site: str, layer: nn.Module, statistics: Statistics, target: Target, start: nn.Module | None
     ) -> nn.Module:
-        entry = self.plan.get(site)
-        if entry is None:
-            module = _refitted(layer, statistics)
+        if site in self.plan:
+            module = self._factors(site, layer, statistics, target.metric, start)
         else:
-            fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=target.metric, start=start)
-            self.errors[site], module = fit.error, fit.module
-        target.shift = _correct_mean(module, statistics, target.takes_mean)
+            module = _refitted(layer, statistics)
+        target.shift = _correct_mean(layer, module, statistics, target.takes_mean)
         return module
 
 
@@ -266,17 +289,17 @@ def _refitted(layer: nn.Module, statistics: Statistics) -> nn.Module:
     """The dense layer itself, at the least-squares weight for the statistics."""
     new = copy.deepcopy(layer)
     weight = torch.cat([p.target for p in problems(layer, statistics)])
-    weight_of(new).copy_(weight.reshape(weight_of(new).shape))
+    weight_of(new).copy_(weight_from(layer, weight))
     return new
 
 
-def _correct_mean(module: nn.Module, statistics: Statistics, takes_mean: bool) -> Tensor | None:
-    """Set the bias to E[y] - V E[x]; without one, return it as the shift that a batch norm must take up."""
+def _correct_mean(layer: nn.Module, module: nn.Module, statistics: Statistics, takes_mean: bool) -> Tensor | None:
+    """Set the bias of ``module``, which replaces ``layer``, to E[y] - V E[x]; without one, return it as the shift that
+    a batch norm must take up."""
     if not takes_mean:
         return None
     weight = dense_weight(module)
-    groups, _, n = statistics.second.shape
-    rows = weight.double().reshape(groups, -1, n)
+    rows = matrices(layer, weight).double()
     mean = statistics.mean_output - torch.einsum("gon,gn->go", rows, statistics.mean_input).flatten()
     bias = bias_of(module)
     if bias is not None:

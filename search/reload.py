@@ -7,7 +7,8 @@ Prints one JSON object: ``{"model.pt2": {"value", "expected_value", "max_differe
 Needs numpy, and torch or onnxruntime for the file at hand; imports nothing of ours, and is handed out with the files.
 
 ``check.npz`` holds ``input_0`` … (samples first), ``expected`` (what the network answered when it was exported),
-``targets`` or ``reference`` (the labels, or the original's answers) and ``facts``, a JSON text.
+``targets`` or ``reference`` (the labels, or the original's answers) and ``facts``, a JSON text. Of several outputs the
+first counts, or the last where ``facts`` says so.
 """
 
 import json
@@ -46,7 +47,7 @@ def check(file: Path, samples: Path) -> dict[str, Any]:
         inputs = [stored[f"input_{i}"] for i in range(facts["inputs"])]
         expected = stored["expected"]
         truth = stored["targets"] if "targets" in stored else stored["reference"]
-    run = _onnx(file) if file.suffix == ".onnx" else _pt2(file)
+    run = (_onnx if file.suffix == ".onnx" else _pt2)(file, -1 if facts["last"] else 0)
     answers = _in_batches(run, inputs, facts["batch"])
     warm = [x[: facts["batch"]] for x in inputs]
     return {
@@ -72,6 +73,10 @@ def measure(metric: str, answers: Any, truth: Any) -> float:
     if metric == "agreement":
         axis = 1 if answers.ndim == 4 else -1
         return float((answers.argmax(axis) == truth.argmax(axis)).mean())
+    if metric == "pck":
+        return _pck(answers, truth)
+    if metric in ("miou", "pixel_accuracy"):
+        return _of_maps(metric, answers.argmax(1), truth)
     if answers.shape[:-1] != truth.shape:
         answers = np.moveaxis(answers, 1, -1)
     if metric == "accuracy":
@@ -80,7 +85,37 @@ def measure(metric: str, answers: Any, truth: Any) -> float:
     return float((best == truth[..., None]).any(-1).mean())
 
 
-def _pt2(file: Path) -> Run:
+def _of_maps(metric: str, answers: Any, truth: Any) -> float:
+    """Of class maps (n, h, w), without the pixels that are 255 in ``truth``."""
+    answers, truth = answers[truth != 255], truth[truth != 255]
+    if metric == "pixel_accuracy":
+        return float((answers == truth).mean())
+    overlaps = [((answers == c) & (truth == c)).sum() / ((answers == c) | (truth == c)).sum() for c in np.unique(truth)]
+    return float(np.mean(overlaps))
+
+
+def _pck(maps: Any, joints: Any) -> float:
+    """Of heatmaps (n, joints, h, w) and joints (n, joints, 4): x and y as fractions of the image, whether it counts,
+    and the distance that does, a fraction of the longer side. Peaks move a quarter cell to the higher neighbour."""
+    height, width = maps.shape[2:]
+    row, column = np.divmod(maps.reshape(*maps.shape[:2], -1).argmax(-1), width)
+    across = np.take_along_axis(maps, row[..., None, None], 2)[..., 0, :]
+    down = np.take_along_axis(maps, column[..., None, None], 3)[..., 0]
+    off = (
+        _nudged(across, column) - (joints[..., 0] * width - 0.5),
+        _nudged(down, row) - (joints[..., 1] * height - 0.5),
+    )
+    found = np.hypot(*off) / max(height, width) <= joints[..., 3]
+    return float(found[joints[..., 2] > 0].mean())
+
+
+def _nudged(profile: Any, peak: Any) -> Any:
+    last = profile.shape[-1] - 1
+    near, far = (np.take_along_axis(profile, (peak + s).clip(0, last)[..., None], -1)[..., 0] for s in (-1, 1))
+    return peak + 0.25 * np.sign(far - near) * ((peak > 0) & (peak < last))
+
+
+def _pt2(file: Path, which: int) -> Run:
     import torch
 
     network = torch.export.load(file).module()
@@ -89,20 +124,20 @@ def _pt2(file: Path) -> Run:
         with torch.no_grad():
             answer = network(*(torch.from_numpy(x) for x in inputs))
         while not isinstance(answer, torch.Tensor):
-            answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+            answer = list(answer.values() if isinstance(answer, dict) else answer)[which]
         return answer.float().numpy()
 
     return run
 
 
-def _onnx(file: Path) -> Run:
+def _onnx(file: Path, which: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
-    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
+    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))[which]
 
 
 def _in_batches(run: Run, inputs: Arrays, batch: int) -> Any:

@@ -16,7 +16,7 @@ from search import baseline, cost, export, profiling, reload, trial
 from search.bench import Bench, Report, read_weights
 from search.data import fitted, read_data
 from search.errors import BadRequest
-from search.intake import load_model
+from search.intake import first_output, last_output, load_model
 from search.layers import describe, layer_table
 from search.metrics import drop
 from search.spec import (
@@ -94,6 +94,7 @@ class Session:
         runtime = Runtime(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             fixed_batch=lifted.batch if isinstance(lifted.batch, int) else None,
+            answer=last_output if data.task is Task.KEYPOINTS else first_output,
             latency_lock=latency_lock,
         )
         metric = baseline.metric_of(spec.budget, data.task)
@@ -111,7 +112,8 @@ class Session:
             raise BadRequest("lost_reference", f"stage {stage} needs the weights of the network that it starts from")
         bench.report("measuring the original", 0, 1)
         original = bench.on_select
-        baseline.check_baseline(budget, bench.metric, original, bench.on_verify, self._commonest_class())
+        blind = baseline.blind_value(bench.metric, bench.data.select.targets())
+        baseline.check_baseline(budget, bench.metric, original, bench.on_verify, blind)
         start: nn.Module = bench.original
         kept: Plan = dict(bench.spec.layers.fixed)
         value = original.value
@@ -213,12 +215,6 @@ class Session:
             self._layers = layer_table(self.bench.lifted)
         return self._layers
 
-    def _commonest_class(self) -> float | None:
-        targets = self.bench.data.select.targets
-        if self.bench.data.task is not Task.CLASSIFICATION or targets is None:
-            return None
-        return float(targets.flatten().bincount().max() / targets.numel())
-
     def _write_check(self, network: nn.Module, path: Path) -> Path:
         bench = self.bench
         return export.write_check(
@@ -228,6 +224,7 @@ class Session:
             path,
             reference=bench.original if bench.relative else None,
             fixed_batch=bench.runtime.fixed_batch,
+            answer=bench.runtime.answer,
         )
 
     def _facts(

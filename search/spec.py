@@ -16,6 +16,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "FRACTIONS",
+    "IGNORED_CLASS",
     "LEARNING_RATE_SCALE",
     "AskedWork",
     "Augmentation",
@@ -74,6 +76,11 @@ class Task(StrEnum):
     """Float targets shaped like the output."""
     FIDELITY = "fidelity"
     """No labels: stay close to the original's own outputs."""
+    SEGMENTATION = "segmentation"
+    """A class for each pixel, ``(rows, height, width)``, 255 where none counts; logits, ``(classes, height, width)``,
+    out."""
+    KEYPOINTS = "keypoints"
+    """Joints' coordinates ``(rows, joints, 2 or 3)``; a heatmap for each out, ``(joints, height, width)``."""
 
 
 class Metric(StrEnum):
@@ -87,12 +94,27 @@ class Metric(StrEnum):
     """Share of samples whose arg-max equals the original's; the original scores 1; higher is better."""
     OUTPUT_ERROR = "output_error"
     """||y - y0||^2 / ||y0 - mean(y0)||^2 against the original's outputs; the original scores 0; drop = the value."""
+    MIOU = "miou"
+    """Intersection over union of each class over the whole split, the mean of the classes; higher is better."""
+    PIXEL_ACCURACY = "pixel_accuracy"
+    """Share of all counted pixels whose class is right; higher is better."""
+    PCK = "pck"
+    """Share of all labelled joints found within a distance (``DataSpec.pck_threshold``); higher is better."""
+
+
+IGNORED_CLASS = 255
+"""In a segmentation's class map: this pixel is not counted."""
+
+FRACTIONS = frozenset({*Metric} - {Metric.MSE, Metric.OUTPUT_ERROR})
+"""The metrics that are shares of 1, the higher the better; a drop of one is a difference."""
 
 
 METRICS_OF_TASK: dict[Task, tuple[Metric, ...]] = {
     Task.CLASSIFICATION: (Metric.ACCURACY, Metric.TOP5),
     Task.REGRESSION: (Metric.MSE,),
     Task.FIDELITY: (Metric.OUTPUT_ERROR, Metric.AGREEMENT),
+    Task.SEGMENTATION: (Metric.MIOU, Metric.PIXEL_ACCURACY),
+    Task.KEYPOINTS: (Metric.PCK,),
 }
 """The metrics a task allows; the first is its default."""
 
@@ -176,6 +198,29 @@ class DataSpec(Value):
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share held out for verification when the file has no test split; 0 takes half of validation."""
     seed: int = 0
+    pck_threshold: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Keypoints: how far from its place a joint still counts as found, in units of its row's ``length`` (None: 0.5,
+    which is PCKh@0.5 when the lengths are head sizes), or without lengths of the image's longer side (None: 0.05)."""
+    mirror: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] | None = None
+    """Keypoints: pairs of joints that change places in a mirrored image, left and right, by number from 0; ``[]`` where
+    none do. ``crop_flip`` needs it."""
+
+    @model_validator(mode="after")
+    def _options_are_of_the_task(self) -> "DataSpec":
+        if self.task is not Task.KEYPOINTS:
+            given = [name for name in ("pck_threshold", "mirror") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{' and '.join(given)} is for the task keypoints, but the task is {self.task.value}")
+            return self
+        if self.mirror is None and self.transform.augment is Augmentation.CROP_FLIP:
+            raise ValueError(
+                "augment crop_flip mirrors images, which swaps left and right joints: give their numbers with mirror, "
+                "such as [[0, 1]] (or [] when none swap), or use augment crop"
+            )
+        joints = [joint for pair in self.mirror or () for joint in pair]
+        if len({*joints}) < len(joints):
+            raise ValueError(f"mirror names a joint twice, got {self.mirror}: each joint swaps with one other")
+        return self
 
 
 class Budget(Value):
@@ -236,6 +281,13 @@ class FineTune(Value):
     """Weight of the original's soft outputs; the rest is the labels' loss."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged weights per step; 0 averages nothing."""
+    sequential: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a rung's epochs that are spent block by block, towards the original's values inside (Su et al. 2018),
+    before those end to end; 1: all."""
+    sequential_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Of Adam, block by block."""
+    heatmap_sigma: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Keypoints: standard deviation of the Gaussians that labels are drawn as, in the heatmap's pixels."""
 
 
 class SearchSpec(Value):

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from search.calibrate import ROWS, Rows, weight_of
+from search.calibrate import ROWS, Rows
 from search.chains import Chain
+from search.matrices import matrices, weight_of
 from search.norms import affine, typed
 from tenfold.layers import FactorizedLayer
 
@@ -79,6 +80,8 @@ class Target:
         y: list[Tensor] = values.wanted[node]
         if chain.norm is not None and isinstance(layer, nn.Linear) and y[0].dim() > 2:
             chain = Chain()  # a batch norm over tokens, not over the layer's outputs
+        if isinstance(layer, nn.Embedding):
+            chain = Chain(other=chain.other)  # without a bias it can take up no mean
         other = chain.other if chain.other is not None and options.residual and _alike(values, chain.other, y) else None
         self.relu = chain.relu and other is chain.other
         self.shift: Tensor | None = None
@@ -86,10 +89,11 @@ class Target:
         self._norms: tuple[nn.Module, nn.Module] | None = None
         if chain.norm is not None:
             self._norms = values.original.get_submodule(chain.norm), values.network.get_submodule(chain.norm)
-        self.takes_mean = layer.bias is not None or self._norms is not None
+        self.takes_mean = bias_of(layer) is not None or self._norms is not None
         self.metric = options.importance.get(site)
         if self.metric is None and self._norms is not None:
             self.metric = affine(self._norms[1])[0].square()
+        self._layer = layer
         self._rows = Rows(layer, sum(len(v) for v in y), rows=options.rows)
         self._index = [self._rows.draw(v, seed) for seed, v in enumerate(y)]
         self._raw = self._pick(y)
@@ -142,7 +146,7 @@ class Target:
 
     def present(self, module: nn.Module, x: Tensor) -> Tensor:
         """The fitted layer's outputs at the rows ``x``: (rows, out)."""
-        weight = dense_weight(module).reshape(len(x), -1, x.shape[2])
+        weight = matrices(self._layer, dense_weight(module))
         y = (x @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
         bias = bias_of(module) if self.shift is None else self.shift
         return y + bias if isinstance(bias, Tensor) else y
@@ -172,5 +176,5 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a layer, factorized or not."""
-    bias = module.output_bias if isinstance(module, FactorizedLayer) else module.bias
+    bias = module.output_bias if isinstance(module, FactorizedLayer) else getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None

@@ -3,25 +3,28 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from search import cost, latency
 from search.baseline import allowed_drop
-from search.bench import Bench, read_weights
+from search.bench import Bench, Report, read_weights
 from search.decompose import METHODS
 from search.export import save_weights
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
 from search.reconstruct import recalibrate_batch_norm, reconstruct
+from search.sequential import train_blocks
 from search.spec import (
     LEARNING_RATE_SCALE,
     Cost,
     Costs,
     EpochRecord,
     Interval,
+    Metric,
     Outcome,
     Plan,
     Rung,
@@ -29,7 +32,7 @@ from search.spec import (
     TrialWork,
 )
 from search.surgery import dense_of
-from search.tune import fine_tune
+from search.tune import Tuned, fine_tune
 
 __all__ = ["build", "measure_latency", "run"]
 
@@ -38,6 +41,18 @@ Save = Callable[[Path], None]
 KEPT_BYTES = 8 << 20
 """Weights of a cheap trial are kept if they are no more than this: building them again is cheap too."""
 SEED_RANGE = 2**31
+
+
+class _How(TypedDict):
+    """What training block by block and end to end are told alike."""
+
+    seed: int
+    metric: Metric
+    save: Path | None
+    saved: Save | None
+    report: Report
+    reference: Tensor | None
+    keep: Literal["best", "last"]
 
 
 @dataclass
@@ -163,26 +178,37 @@ def _train(
 ) -> None:
     recipe = bench.spec.fine_tune
     scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
-    recipe = recipe.model_copy(update={"learning_rate": scale * recipe.learning_rate})
+    rates = ("learning_rate", "sequential_learning_rate")
+    recipe = recipe.model_copy(update={rate: scale * getattr(recipe, rate) for rate in rates})
     epochs = {Rung.CHEAP: 0.0, Rung.SHORT: recipe.short_epochs, Rung.FULL: recipe.epochs}[work.rung]
     if epochs == 0:
         return
-    tuned = fine_tune(
-        network,
-        bench.original,
-        bench.data,
-        recipe,
-        epochs=epochs,
+    how = _How(
         seed=_seed(bench.spec.search.seed, work.number, work.rung),
         metric=bench.metric,
-        checkpoint=checkpoint,
         save=out / "checkpoint.safetensors" if save else None,
         saved=save,
-        report=bench.report,
-        runtime=bench.runtime,
+        report=lambda message, done, _: bench.report(message, done, epochs),
         reference=bench.reference if bench.relative else None,
         keep="best" if bench.seen_before is None else "last",
     )
+    networks, part, runtime = (network, bench.original), recipe.sequential * epochs, bench.runtime
+    tuned: Tuned | None = None
+    if part > 0:
+        tuned = train_blocks(*networks, bench.data, recipe, epochs=part, checkpoint=checkpoint, runtime=runtime, **how)
+    if tuned is not None:
+        checkpoint, runtime = None, replace(runtime, precision=tuned.precision)
+    if tuned is None or (part < epochs and tuned.outcome is Outcome.OK):
+        tuned = fine_tune(
+            *networks,
+            bench.data,
+            recipe,
+            epochs=epochs - part,
+            checkpoint=checkpoint,
+            runtime=runtime,
+            before=tuned,
+            **how,
+        )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
     found.notes += tuned.notes
     found.seen = bench.select(network)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from search import checkpoints
 from search.distill import Objective, objective, trivial_answer
+from search.intake import Answer, first_output
 from search.latency import pause_while_measuring
 from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher_is_better
 from search.precision import Precision, choose
 from search.rebuilding import chained, quicker_rebuilt, rebuild
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
-__all__ = ["Runtime", "Tuned", "fine_tune", "learning_rate"]
+__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate"]
 
 Report = Callable[[str, float, float], None]
 
@@ -61,6 +61,8 @@ class Runtime:
     device: str = "cpu"
     fixed_batch: int | None = None
     """The only batch size the network accepts; None: any."""
+    answer: Answer = first_output
+    """Picks the output that counts, where the network has several."""
     precision: Precision | None = None
     """None: the quickest of those that this machine offers, by timing real steps."""
     latency_lock: int | None = None
@@ -76,6 +78,8 @@ class Tuned:
     epochs: float
     precision: Precision
     notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    """Of the arguments, where another training goes on from here (``fine_tune(before=…)``)."""
 
 
 @dataclass
@@ -96,6 +100,12 @@ class _State:
     epoch_loss: float = 0.0
     epoch_steps: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    before: float = 0.0
+    """Epochs of the training that came before this one."""
+    after: str = ""
+    """The fingerprint of that training."""
+    notes: list[str] = field(default_factory=list)
+    """Of that training."""
 
 
 def fine_tune(
@@ -116,6 +126,7 @@ def fine_tune(
     reference: Tensor | None = None,
     patience: int | None = None,
     keep: Literal["best", "last"] = "best",
+    before: Tuned | None = None,
 ) -> Tuned:
     """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
 
@@ -124,12 +135,16 @@ def fine_tune(
     told each time. ``reference``: the original's ``metrics.outputs`` on the select split, for the metrics that
     compare with it. ``patience``: stop after so many evaluations in a row without a better one. ``keep``: with
     ``"last"`` it ends with the last weights instead, for a select split that the original was trained on: what a
-    network still remembers of those rows looks better there than anything that it learns.
+    network still remembers of those rows looks better there than anything that it learns. ``before``: what training
+    made ``module`` what it is; its curve and epochs open this run's.
 
     Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
     and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
     """
     run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference, keep)
+    if before is not None:
+        run.state.curve = [record.model_dump() for record in before.curve]
+        run.state.before, run.state.after, run.state.notes = before.epochs, before.fingerprint, [*before.notes]
     if run.total == 0:
         return Tuned((), Outcome.OK, 0.0, Precision.FLOAT32)
     notes = run.prepare(checkpoint)
@@ -138,7 +153,7 @@ def fine_tune(
     finally:
         run.tidy()
     curve = tuple(EpochRecord(**record) for record in run.state.curve)
-    return Tuned(curve, outcome, run.state.step / run.per_epoch, run.precision, notes)
+    return Tuned(curve, outcome, run.done, run.precision, (*run.state.notes, *notes))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -174,6 +189,11 @@ class _Training:
         self.state = _State()
         self.precision = Precision.FLOAT32
 
+    @property
+    def done(self) -> float:
+        """Epochs so far."""
+        return self.state.before + self.state.step / self.per_epoch
+
     # ------------------------------------------------------------------------------------------------ beginning
 
     def prepare(self, checkpoint: Path | None) -> tuple[str, ...]:
@@ -183,7 +203,7 @@ class _Training:
         self.optimizer = _optimizer(self.module, self.recipe)
         inputs, _ = self._to_device(next(self._stream(0)))
         with torch.no_grad():
-            teacher = forward(self.original, inputs, self.runtime.fixed_batch).float()
+            teacher = self._answer(self.original, inputs).float()
         self.loss_of: Objective = objective(
             self.data.task, self.metric, self.recipe, max(float(teacher.var(correction=0)), 1e-12)
         )
@@ -203,11 +223,9 @@ class _Training:
         return tuple(notes)
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self.precision = self.runtime.precision or choose(
-            lambda m, xs: forward(m, xs, self.runtime.fixed_batch), self.module, self.original, inputs, self.total
-        )
+        self.precision = self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)
         if self.total >= REBUILDING_STEPS:
-            self.state.rebuilt = quicker_rebuilt(self.module, partial(self._answer, inputs=inputs), self.precision)
+            self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._run(m, inputs), self.precision)
         torch.manual_seed(self.seed)
         self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
         self.best = _copy(self.module.state_dict())
@@ -250,7 +268,7 @@ class _Training:
         patience: int | None,
     ) -> Outcome:
         state = self.state
-        clock = _Clock(self.total, state.step)
+        clock = Clock(self.total, state.step)
         last_save = time.monotonic()
         batches = self._stream(state.step)
         while state.step < self.total:
@@ -266,8 +284,8 @@ class _Training:
                 if patience is not None and state.stale >= patience:
                     break
             if report is not None and clock.due():
-                done = state.step / self.per_epoch
-                report(f"fine-tuning, epoch {done:.1f} of {self.epochs:g}, {clock.left(state.step)}", done, self.epochs)
+                done, of = self.done, state.before + self.epochs
+                report(f"fine-tuning, epoch {done:.1f} of {of:g}, {clock.left(state.step)}", done, of)
             if save is not None and state.step < self.total and time.monotonic() - last_save >= save_every_s:
                 self._save(save)
                 last_save = time.monotonic()
@@ -284,8 +302,8 @@ class _Training:
             group["lr"] = rate
         self.module.train()
         with torch.no_grad():
-            teacher = self._answer(self.original, inputs)
-        answer = self._answer(self.module, inputs)
+            teacher = self._run(self.original, inputs)
+        answer = self._run(self.module, inputs)
         loss = self.loss_of(answer, teacher, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -299,10 +317,11 @@ class _Training:
         self.state.epoch_steps += 1
         return True
 
-    def _answer(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _run(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The network's answer in the training's number format, as float32."""
         inputs = tuple(self.precision.arrange(x) for x in inputs)
         with self.precision.autocast(inputs):
-            return forward(network, inputs, self.runtime.fixed_batch).float()
+            return self._answer(network, inputs).float()
 
     def _blown_up(self, loss: float, teacher: Tensor, labels: Tensor | None) -> bool:
         state = self.state
@@ -344,7 +363,7 @@ class _Training:
         if trained is not None:
             self.module.load_state_dict(trained)
         record = EpochRecord(
-            epoch=state.step / self.per_epoch,
+            epoch=self.done,
             loss=state.epoch_loss / max(state.epoch_steps, 1),
             value=seen.value if seen.finite else None,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
@@ -360,7 +379,11 @@ class _Training:
             original=self.reference if self.reference is not None else self.original,
             device=self.runtime.device,
             fixed_batch=self.runtime.fixed_batch,
+            answer=self.runtime.answer,
         )
+
+    def _answer(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return forward(network, inputs, self.runtime.fixed_batch, self.runtime.answer)
 
     def _rank(self, seen: Evaluation) -> tuple[float, float]:
         return (seen.value if higher_is_better(self.metric) else -seen.value, -seen.loss)
@@ -405,7 +428,7 @@ class _Training:
             network.eval()
 
 
-class _Clock:
+class Clock:
     """Decides when progress is worth telling, and how long the rest takes at the pace so far."""
 
     def __init__(self, total: int, start: int) -> None:

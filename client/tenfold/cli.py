@@ -68,7 +68,9 @@ Model = Annotated[
 Data = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".npz, .safetensors, .parquet, .zip or .tar")]
 MaxDrop = Annotated[float | None, typer.Option(help="What may be lost, in the metric's units: 0.005 = half a point.")]
 MinValue = Annotated[float | None, typer.Option(help="Instead of --max-drop: the value that must be kept.")]
-Metric = Annotated[str | None, typer.Option(help="accuracy, top5, mse, output_error or agreement.")]
+Metric = Annotated[
+    str | None, typer.Option(help="accuracy, top5, mse, output_error, agreement, miou, pixel_accuracy or pck.")
+]
 Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, bytes, latency; may be repeated.")]
 Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
 Epochs = Annotated[float | None, typer.Option(help="Epochs of the final fine-tuning.")]
@@ -76,7 +78,9 @@ Hours = Annotated[float | None, typer.Option(help="Wall-clock limit of the searc
 Architecture = Annotated[
     str | None, typer.Option(help='Of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}')
 ]
-DataSpec = Annotated[str, typer.Option(help='JSON: {"task": …, "transform": {"scale": …, "mean": …, "std": …}}')]
+DataSpec = Annotated[
+    str, typer.Option(help='JSON: {"task": "segmentation", "transform": {"scale": …, "mean": …, "std": …}}')
+]
 
 
 def _options(

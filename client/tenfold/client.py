@@ -104,7 +104,8 @@ class Operations(Generic[J, M, D, A]):
             data: a ``Dataset``, or a file that is uploaded first with ``data_spec``.
             max_drop: how much of the metric may be lost, in its units (0.005 = half a point of accuracy).
             min_value: instead of ``max_drop``, the value that must be kept.
-            metric: ``accuracy``, ``top5``, ``mse``, ``output_error`` or ``agreement``; None: the task's first.
+            metric: one that the data's task allows (``accuracy``, ``top5``, ``mse``, ``output_error``, ``agreement``,
+                ``miou``, ``pixel_accuracy``, ``pck``); None: the task's first.
             minimize: any of ``parameters``, ``macs``, ``bytes``, ``latency``; the first counts most.
             architecture: ``{"name": …, "options": {…}}``, of those that the service knows.
             spec: other fields of the job: ``methods``, ``layers``, ``fine_tune``, ``search``, ``export``, and

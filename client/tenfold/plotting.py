@@ -15,7 +15,7 @@ __all__ = ["COSTS", "FRACTIONS", "draw"]
 
 COSTS = {"parameters": "parameters", "macs": "macs", "bytes": "bytes", "latency": "latency_ms"}
 """A cost as a job names it, and its field among the figures of a network."""
-FRACTIONS = ("accuracy", "top5", "agreement")
+FRACTIONS = ("accuracy", "top5", "agreement", "miou", "pixel_accuracy", "pck")
 RUNGS = {
     "cheap": ("untrained", "#9aa7b8"),
     "short": ("short training", "#5b8def"),

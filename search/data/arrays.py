@@ -197,7 +197,7 @@ def _widened(array: Array, path: Path) -> Array:
 
 
 def _by_role(format: str, arrays: dict[str, Array], columns: Mapping[str, str]) -> Raw:
-    """Arrays by split and input: ``x_train``, ``y_val``, ``inputs.ids_test`` …, or unsplit ``x``, ``y``.
+    """Arrays by split and input: ``x_train``, ``y_val``, ``length_val``, ``inputs.ids_test`` …, or ``x``, ``y`` alone.
 
     ``columns`` maps one of these names to the name in the file.
     """
@@ -208,19 +208,19 @@ def _by_role(format: str, arrays: dict[str, Array], columns: Mapping[str, str]) 
     splits: dict[str, Rows] = {}
     ignored: list[str] = []
     inputs: dict[str, dict[str, Array]] = {}
-    targets: dict[str, Array] = {}
+    targets: dict[str, dict[str, Array]] = {"y": {}, "length": {}}
     for stored, array in arrays.items():
         role = renamed.get(stored, stored)
         stem, _, suffix = role.rpartition("_")
         split = SPLIT_SUFFIXES.get(suffix)
         stem, split = (stem, split) if split else (role, "train")
-        known = stem in ("x", "y") or (stem.startswith("inputs.") and len(stem) > len("inputs."))
+        known = stem in ("x", *targets) or (stem.startswith("inputs.") and len(stem) > len("inputs."))
         if not known:
             ignored.append(stored)
             continue
         name = stem.removeprefix("inputs.")
-        place = targets.setdefault if stem == "y" else inputs.setdefault(split, {}).setdefault
-        if place(split if stem == "y" else name, array) is not array:
+        place = targets[stem] if stem in targets else inputs.setdefault(split, {})
+        if place.setdefault(split if stem in targets else name, array) is not array:
             raise BadData("missing_array", f"two arrays are {name} of the {split} split; keep one ({sorted(arrays)}).")
     if not inputs:
         raise BadData(
@@ -229,8 +229,9 @@ def _by_role(format: str, arrays: dict[str, Array], columns: Mapping[str, str]) 
             "or x and y, or inputs.<name>_train for several inputs, or give columns.",
         )
     for split, named in inputs.items():
-        splits[split] = Rows(named, targets.pop(split, None))
-    if targets:
-        raise BadData("missing_array", f"there are targets y for {sorted(targets)} but no inputs x for them.")
+        splits[split] = Rows(named, targets["y"].pop(split, None), targets["length"].pop(split, None))
+    for name, left in targets.items():
+        if left:
+            raise BadData("missing_array", f"there is {name} for {sorted(left)} but no inputs x for them.")
     notes = (f"arrays not used: {', '.join(sorted(ignored))}",) if ignored else ()
     return Raw(format, splits, notes=notes)

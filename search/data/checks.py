@@ -1,20 +1,24 @@
 """What every upload must satisfy, whatever its format: agreeing shapes, finite values, whole labels."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from search.data.raw import Array, Raw, Rows
+from search.data.class_maps import checked_maps, largest_class
+from search.data.joints import checked_joints
+from search.data.raw import Array, Raw, Rows, in_blocks
 from search.errors import BadData
 from search.spec import Task
 
 __all__ = ["checked", "count_classes"]
 
-BLOCK_BYTES = 64 << 20
 MAX_LABEL = 1 << 24
 """No network here has that many outputs; floats count exactly up to it."""
 
 
 def checked(raw: Raw, task: Task) -> Raw:
-    """``raw`` with targets in the task's form (labels 1-D whole numbers; none for fidelity). Raises BadData."""
+    """``raw`` with targets in the task's form (labels 1-D whole numbers, class maps, joints of three numbers; none for
+    fidelity). Raises BadData."""
     splits = {name: _checked_split(name, rows, task) for name, rows in raw.splits.items()}
     first_name, first = next(iter(splits.items()))
     for name, rows in splits.items():
@@ -28,7 +32,13 @@ def checked(raw: Raw, task: Task) -> Raw:
             _same_sample(f"input {key}", first_name, first.inputs[key], name, array)
         if rows.target is not None and first.target is not None:
             _same_sample("target y", first_name, first.target, name, rows.target)
-    return Raw(raw.format, splits, raw.images, raw.classes, raw.notes)
+        if (rows.length is None) != (first.length is None):
+            raise BadData(
+                "missing_array", f"only one of {first_name} and {name} has the array length; give it for every split."
+            )
+    unused = task is not Task.KEYPOINTS and any(rows.length is not None for rows in raw.splits.values())
+    notes = ("length is not used: only keypoints have lengths",) if unused else ()
+    return replace(raw, splits=splits, notes=(*raw.notes, *notes))
 
 
 def _checked_split(name: str, rows: Rows, task: Task) -> Rows:
@@ -45,20 +55,22 @@ def _checked_split(name: str, rows: Rows, task: Task) -> Rows:
         raise BadData("rows_differ", f"the {name} split has {counts} rows; x and y need one row for each sample.")
     for key, array in rows.inputs.items():
         _check_finite(f"{name} input {key}", array)
+    if task is Task.KEYPOINTS:
+        return checked_joints(name, rows)
     if target is not None:
         if task is Task.CLASSIFICATION:
             target = _labels(name, target)
         else:
             _check_finite(f"{name} y", target)
+        if task is Task.SEGMENTATION:
+            target = checked_maps(name, target)
     return Rows(rows.inputs, target)
 
 
 def _check_finite(what: str, array: Array) -> None:
     if array.dtype.kind != "f" or not array.size:
         return
-    step = max(BLOCK_BYTES * len(array) // array.nbytes, 1)
-    for start in range(0, len(array), step):
-        block = array[start : start + step]
+    for start, block in in_blocks(array):
         # a sum is finite unless a value is not (or it overflows, which the second look sorts out)
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(block.sum(dtype=np.float64)):
@@ -106,9 +118,12 @@ def _same_sample(what: str, first_name: str, first: Array, name: str, array: Arr
         )
 
 
-def count_classes(raw: Raw) -> int | None:
-    """Classes by name, or one more than the largest label; None without integer labels."""
+def count_classes(raw: Raw, task: Task) -> int | None:
+    """Classes by name, or one more than the largest label; None for tasks without classes."""
+    if task not in (Task.CLASSIFICATION, Task.SEGMENTATION):
+        return None
     if raw.classes:
         return len(raw.classes)
-    tops = [int(rows.target.max()) for rows in raw.splits.values() if rows.target is not None and rows.target.size]
-    return max(tops) + 1 if tops else None
+    targets = [rows.target for rows in raw.splits.values() if rows.target is not None and rows.target.size]
+    tops = [largest_class(t) if task is Task.SEGMENTATION else int(t.max()) for t in targets]
+    return max((top for top in tops if top is not None), default=-1) + 1 or None

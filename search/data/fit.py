@@ -2,9 +2,13 @@
 
 from search.data.split import Data
 from search.errors import BadData
-from search.spec import ModelInfo, Task, TensorInfo
+from search.spec import IGNORED_CLASS, ModelInfo, Task, TensorInfo
 
 __all__ = ["check_fit", "fitted"]
+
+Shape = tuple[int | None, ...]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_fit(data: Data, model: ModelInfo) -> None:
@@ -38,7 +42,7 @@ def _paired(data: Data, model: ModelInfo) -> list[tuple[TensorInfo, TensorInfo]]
 
 def _check_input(wanted: TensorInfo, given: TensorInfo) -> None:
     shape, sample = wanted.shape[1:], given.shape[1:]
-    if len(shape) != len(sample) or any(w is not None and w != g for w, g in zip(shape, sample, strict=True)):
+    if len(shape) != len(sample) or not _agree(shape, sample):
         raise BadData(
             "wrong_shape",
             f"one sample of {given.name} is {_text(sample)} after the transform, but the network's input "
@@ -53,10 +57,7 @@ def _check_input(wanted: TensorInfo, given: TensorInfo) -> None:
         )
 
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-def _shape_advice(shape: tuple[int | None, ...], sample: tuple[int | None, ...]) -> str:
+def _shape_advice(shape: Shape, sample: Shape) -> str:
     if len(shape) == 3 and len(sample) == 3 and shape[0] == sample[2] and shape[0] != sample[0]:
         return "set layout to nhwc: the stored images have channels last"
     if len(shape) == 3 and len(sample) == 3 and sample[0] in (1, 3) and shape[0] in (1, 3) and shape[0] != sample[0]:
@@ -68,32 +69,78 @@ def _shape_advice(shape: tuple[int | None, ...], sample: tuple[int | None, ...])
     return "reshape the arrays, or upload the network that goes with them"
 
 
-def _text(shape: tuple[int | None, ...]) -> str:
+def _text(shape: Shape) -> str:
     return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
 
 
 def _check_target(data: Data, model: ModelInfo) -> None:
-    output = model.outputs[0].shape
-    if data.task is Task.CLASSIFICATION:
-        classes = output[-1] if len(output) == 2 else None
-        if classes is None:
-            raise BadData(
-                "wrong_target",
-                f"classification needs logits (batch, classes), but the network's first output is {_text(output)}; "
-                "set task to regression or fidelity.",
-            )
-        if data.info.classes is not None and data.info.classes > classes:
-            raise BadData(
-                "labels_out_of_range",
-                f"the labels go up to {data.info.classes - 1} but the network has {classes} outputs (0 to "
-                f"{classes - 1}); check that labels count from 0 and that data and network belong together.",
-            )
-    elif data.task is Task.REGRESSION and data.info.target is not None:
-        target = data.info.target.shape
-        if len(target) != len(output) or any(
-            o is not None and o != t for o, t in zip(output[1:], target[1:], strict=True)
-        ):
-            raise BadData(
-                "wrong_target",
-                f"y has shape {_text(target)} but the network gives {_text(output)}; store y in the output's shape.",
-            )
+    output = model.outputs[-1 if data.task is Task.KEYPOINTS else 0].shape
+    match data.task:
+        case Task.CLASSIFICATION:
+            _check_labels(data, output)
+        case Task.SEGMENTATION:
+            _check_class_maps(data, output)
+        case Task.KEYPOINTS:
+            _check_heatmaps(data, output)
+        case Task.REGRESSION if data.info.target is not None:
+            target = data.info.target.shape
+            if len(target) != len(output) or not _agree(output[1:], target[1:]):
+                raise BadData(
+                    "wrong_target",
+                    f"y has shape {_text(target)} but the network gives {_text(output)}; store y in the output's "
+                    "shape.",
+                )
+
+
+def _check_labels(data: Data, output: Shape) -> None:
+    classes = output[-1] if len(output) == 2 else None
+    if classes is None:
+        advice = "segmentation" if len(output) == 4 else "regression or fidelity"
+        raise BadData(
+            "wrong_target",
+            f"classification needs logits (batch, classes), but the network's first output is {_text(output)}; "
+            f"set task to {advice}.",
+        )
+    _check_classes(data, classes)
+
+
+def _check_class_maps(data: Data, output: Shape) -> None:
+    classes = output[1] if len(output) == 4 else None
+    if classes is None or not 2 <= classes <= IGNORED_CLASS:
+        raise BadData(
+            "wrong_target",
+            f"segmentation needs logits (batch, classes, height, width) of 2 to {IGNORED_CLASS} classes, but the "
+            f"network's first output is {_text(output)}; export it with such an output first (two classes have two "
+            "logits), or set task to regression or fidelity.",
+        )
+    _check_classes(data, classes)
+    if data.info.target is not None and not _agree(output[2:], data.info.target.shape[1:]):
+        raise BadData(
+            "wrong_target",
+            f"y has maps of {_text(data.info.target.shape[1:])} but the network's are {_text(output[2:])}; resize the "
+            "maps to these (nearest neighbour), or upsample in the network.",
+        )
+
+
+def _check_heatmaps(data: Data, output: Shape) -> None:
+    joints = data.info.target.shape[1] if data.info.target is not None else None
+    if len(output) != 4 or not _agree(output[1:2], (joints,)):
+        raise BadData(
+            "wrong_target",
+            f"y has {joints} joints, which needs heatmaps (batch, {joints}, height, width), but the network's last "
+            f"output is {_text(output)}; check that data and network belong together (the last output counts).",
+        )
+
+
+def _check_classes(data: Data, classes: int) -> None:
+    if data.info.classes is not None and data.info.classes > classes:
+        ignored = f", and {IGNORED_CLASS} marks pixels that do not count" if data.task is Task.SEGMENTATION else ""
+        raise BadData(
+            "labels_out_of_range",
+            f"the labels go up to {data.info.classes - 1} but the network has {classes} outputs (0 to "
+            f"{classes - 1}); check that labels count from 0{ignored} and that data and network belong together.",
+        )
+
+
+def _agree(wanted: Shape, given: Shape) -> bool:
+    return all(w is None or w == g for w, g in zip(wanted, given, strict=True))

@@ -37,9 +37,10 @@ def read_folders(path: Path, spec: DataSpec, scratch: Path) -> Raw:
             f"the archive holds {len(names)} files and no image among them (PNG, JPEG, WebP, BMP, GIF); "
             "pack folders of images, one for each class.",
         )
-    if spec.task is Task.REGRESSION:
+    if spec.task not in (Task.CLASSIFICATION, Task.FIDELITY):
         raise BadData(
-            "labels_missing", "image folders carry classes, no values to regress; use .npz or .safetensors arrays."
+            "labels_missing",
+            f"image folders carry classes, no targets for {spec.task.value}; use .npz or .safetensors arrays.",
         )
     places = _places(images)
     classes = sorted({place[1] for place in places.values() if place[1]})

@@ -1,27 +1,32 @@
 """An uploaded data file, whatever its format, as the three splits of the search."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from search.data.archives import is_tar, list_files
 from search.data.arrays import read_npz, read_safetensors
 from search.data.checks import checked, count_classes
+from search.data.class_maps import check_movable, moved_maps
 from search.data.folders import read_folders
+from search.data.joints import moved_joints, placed
 from search.data.raw import Array, Raw
 from search.data.split import Data, Split
 from search.data.splits import Part, three_parts
 from search.data.tables import read_parquet
-from search.data.transform import Pipeline, pipeline
+from search.data.transform import Moves, Pipeline, pipeline
 from search.errors import BadData
-from search.spec import DataInfo, DataSpec, SplitSizes, Task, TensorInfo
+from search.spec import Augmentation, DataInfo, DataSpec, SplitSizes, Task, TensorInfo
 
 __all__ = ["read_data"]
 
 PARTS = ("train", "select", "verify")
+MoveTarget = Callable[[Tensor, Moves], Tensor]
 
 
 def read_data(path: Path, spec: DataSpec, *, scratch: Path) -> Data:
@@ -37,14 +42,15 @@ def read_data(path: Path, spec: DataSpec, *, scratch: Path) -> Data:
         raise BadData(
             "data_too_large", "reading the data ran out of memory; upload less, or give the worker more."
         ) from error
-    parts = three_parts(raw, spec)
-    first = parts["train"][0].inputs
+    first = next(iter(raw.splits.values())).inputs
     pipelines = {
         name: pipeline(name, array, spec.transform, images=raw.images, only=len(first) == 1)
         for name, array in first.items()
     }
-    splits = {name: _split(parts[name], pipelines, spec.task) for name in PARTS}
-    return Data(**splits, info=_info(raw, spec, splits, pipelines), task=spec.task)
+    located, move_target = _located(raw, spec, pipelines)
+    parts = three_parts(located, spec)
+    splits = {name: _split(parts[name], pipelines, spec.task, move_target) for name in PARTS}
+    return Data(**splits, info=_info(raw, located.notes, spec, splits, pipelines), task=spec.task)
 
 
 def _read(path: Path, spec: DataSpec, scratch: Path) -> Raw:
@@ -82,18 +88,41 @@ def _sniffed(path: Path) -> str | None:
     return "npz" if endings == {".npy"} else "images"
 
 
-def _split(part: Part, pipelines: Mapping[str, Pipeline], task: Task) -> Split:
+def _located(raw: Raw, spec: DataSpec, pipelines: Mapping[str, Pipeline]) -> tuple[Raw, MoveTarget | None]:
+    """``raw`` with the targets that lie in images related to them, and what augmentation does to such targets."""
+    augments = spec.transform.augment is not Augmentation.NONE
+    if spec.task is not Task.KEYPOINTS and not (spec.task is Task.SEGMENTATION and augments):
+        return raw, None
+    shapes = {name: apply.shape for name, apply in pipelines.items()}
+    images = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    if len(images) != 1:
+        raise BadData(
+            "images_needed",
+            f"{spec.task.value}{' with augmentation' if augments else ''} needs one input of images that the targets "
+            f"lie in, but one sample is {shapes}; store images as (rows, channels, height, width), or set layout to "
+            "nhwc.",
+        )
+    image = next(iter(images.values()))
+    if spec.task is Task.SEGMENTATION:
+        check_movable(raw, image)
+        return raw, moved_maps
+    return placed(raw, spec, image), partial(moved_joints, image=image, mirror=spec.mirror or ())
+
+
+def _split(part: Part, pipelines: Mapping[str, Pipeline], task: Task, move_target: MoveTarget | None) -> Split:
     rows, chosen = part
-    kind = torch.int64 if task is Task.CLASSIFICATION else torch.float32
+    kind = torch.int64 if task in (Task.CLASSIFICATION, Task.SEGMENTATION) else torch.float32
     stored = tuple(rows.inputs[name] for name in pipelines)
-    return Split(stored, rows.target, chosen, tuple(pipelines.values()), kind)
+    return Split(stored, rows.target, chosen, tuple(pipelines.values()), kind, move_target)
 
 
-def _info(raw: Raw, spec: DataSpec, splits: Mapping[str, Split], pipelines: Mapping[str, Pipeline]) -> DataInfo:
+def _info(
+    raw: Raw, notes: tuple[str, ...], spec: DataSpec, splits: Mapping[str, Split], pipelines: Mapping[str, Pipeline]
+) -> DataInfo:
     inputs = tuple(
         TensorInfo(name=name, dtype=_name(apply.dtype), shape=(None, *apply.shape)) for name, apply in pipelines.items()
     )
-    stored = splits["train"].stored_target
+    stored = raw.splits["train"].target
     target = None
     if stored is not None:
         target = TensorInfo(name="y", dtype=_name(splits["train"].target_dtype), shape=(None, *stored.shape[1:]))
@@ -102,9 +131,9 @@ def _info(raw: Raw, spec: DataSpec, splits: Mapping[str, Split], pipelines: Mapp
         task=spec.task,
         inputs=inputs,
         target=target,
-        classes=count_classes(raw) if spec.task is Task.CLASSIFICATION else None,
+        classes=count_classes(raw, spec.task),
         splits=SplitSizes(**{name: len(splits[name]) for name in PARTS}),
-        notes=(*raw.notes, *_advice(raw, spec, splits)),
+        notes=(*notes, *_advice(raw, spec, splits)),
     )
 
 

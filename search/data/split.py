@@ -1,6 +1,6 @@
 """The data as the search uses it: three splits that yield transformed batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from search.data.raw import Array
-from search.data.transform import Pipeline
+from search.data.transform import Moves, Pipeline
 from search.spec import DataInfo, Task
 
 __all__ = ["Batch", "Data", "Split"]
@@ -17,8 +17,8 @@ __all__ = ["Batch", "Data", "Split"]
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 """The network's inputs, each ``(batch, ...)``, and the targets ``(batch, ...)`` where there are any."""
 
-BLOCK = 1024
-"""Rows converted at a time when all targets are wanted."""
+BLOCK = 64
+"""Rows converted at a time when all targets are wanted; maps are large."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Split:
     pipelines: tuple[Pipeline, ...]
     target_dtype: torch.dtype
     """int64 labels or float32 values."""
+    move_target: Callable[[Tensor, Moves], Tensor] | None = None
+    """What augmentation does to the targets; None: it leaves them as they are."""
 
     def __len__(self) -> int:
         return len(self.stored[0]) if self.rows is None else len(self.rows)
@@ -41,13 +43,12 @@ class Split:
         """The stored inputs, untransformed: mapped, or a copy where the split is part of an array."""
         return self.stored if self.rows is None else tuple(array[self.rows] for array in self.stored)
 
-    @property
-    def targets(self) -> Tensor | None:
-        """``(rows, ...)`` in this split's order: int64 labels or float32 values."""
-        if self.stored_target is None:
-            return None
+    def targets(self) -> Iterator[Tensor]:
+        """``(rows, ...)`` in this split's order, some rows at a time: int64 labels or float32 values; none without."""
         numbers = np.arange(len(self)) if self.rows is None else self.rows
-        return torch.cat([self._target(numbers[i : i + BLOCK]) for i in range(0, len(numbers), BLOCK)])
+        if self.stored_target is not None:
+            for start in range(0, len(numbers), BLOCK):
+                yield self._target(numbers[start : start + BLOCK])
 
     def batches(
         self, batch_size: int, *, shuffle: int | None = None, augment: bool = False, limit: int | None = None
@@ -61,10 +62,16 @@ class Split:
         generator = torch.Generator().manual_seed(shuffle or 0) if augment else None
         for start in range(0, len(numbers), batch_size):
             chosen = numbers[start : start + batch_size]
+            moves = [None if generator is None else apply.draw(len(chosen), generator) for apply in self.pipelines]
             inputs = tuple(
-                apply(array[chosen], generator) for array, apply in zip(self.stored, self.pipelines, strict=True)
+                apply(array[chosen], move)
+                for array, apply, move in zip(self.stored, self.pipelines, moves, strict=True)
             )
-            yield inputs, None if self.stored_target is None else self._target(chosen)
+            target = None if self.stored_target is None else self._target(chosen)
+            drawn = next((move for move in moves if move is not None), None)
+            if target is not None and drawn is not None and self.move_target is not None:
+                target = self.move_target(target, drawn)
+            yield inputs, target
 
     def _order(self, shuffle: int | None, limit: int | None) -> NDArray[np.int64]:
         count = len(self)

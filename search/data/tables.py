@@ -39,6 +39,12 @@ def read_parquet(path: Path, spec: DataSpec, scratch: Path) -> Raw:
 
     Raises BadData when a column is missing or of another kind, or an image has no bytes.
     """
+    if spec.task in (Task.SEGMENTATION, Task.KEYPOINTS):
+        raise BadData(
+            "labels_missing",
+            f"a Parquet table carries one label for each image, no targets for {spec.task.value}; use .npz or "
+            ".safetensors arrays.",
+        )
     try:
         shards = _shards(path, scratch)
         image, label, classes = _columns(shards, spec)

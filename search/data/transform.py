@@ -15,7 +15,16 @@ from search.data.raw import Array
 from search.errors import BadData
 from search.spec import Augmentation, Transform
 
-__all__ = ["Pipeline", "pipeline"]
+__all__ = ["Moves", "Pipeline", "moved", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How augmentation moves each image of a batch, ``(batch,)``: pixels down and right, then mirrored or not."""
+
+    down: Tensor
+    right: Tensor
+    mirrored: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,28 @@ class Pipeline:
     offset: Tensor | None = None
     augment: Augmentation = Augmentation.NONE
 
-    def __call__(self, rows: Array, generator: torch.Generator | None = None) -> Tensor:
-        """``rows`` ``(batch, ...)`` as stored, owned by the caller. With a generator: augmented."""
+    def draw(self, count: int, generator: torch.Generator) -> Moves | None:
+        """Random moves of up to an eighth of the side for ``count`` images, half of them mirrored where that is wanted;
+        None without augmentation."""
+        if self.augment is Augmentation.NONE:
+            return None
+        up, left = (_reach(side) for side in self.shape[1:])
+        tops = torch.randint(2 * up + 1, (count,), generator=generator)
+        lefts = torch.randint(2 * left + 1, (count,), generator=generator)
+        mirrored = torch.zeros(count, dtype=torch.bool)
+        if self.augment is Augmentation.CROP_FLIP:
+            mirrored = torch.rand(count, generator=generator) < 0.5
+        return Moves(up - tops, left - lefts, mirrored)
+
+    def __call__(self, rows: Array, moves: Moves | None = None) -> Tensor:
+        """``rows`` ``(batch, ...)`` as stored, owned by the caller."""
         batch = torch.from_numpy(_plain(rows))
         if self.add_channel:
             batch = batch.unsqueeze(1)
         elif self.channels_last:
             batch = batch.movedim(-1, 1)
-        if generator is not None and self.augment is not Augmentation.NONE:
-            batch = _cropped(batch, self.augment is Augmentation.CROP_FLIP, generator)
+        if moves is not None:
+            batch = moved(batch, moves)
         batch = batch.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         if self.gain is not None:
             batch.mul_(self.gain)
@@ -117,18 +139,19 @@ def _plain(rows: Array) -> Array:
     return np.ascontiguousarray(rows.astype(rows.dtype.newbyteorder("="), copy=False))
 
 
-def _cropped(batch: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image ``(channels, height, width)`` moved by up to an eighth of its side, zeros moving in; half of them
-    mirrored when ``flip``."""
+def moved(batch: Tensor, moves: Moves, *, fill: float = 0) -> Tensor:
+    """Images ``(batch, channels, height, width)`` after ``moves``, with ``fill`` coming in from outside."""
     count, channels, height, width = batch.shape
-    up, left = max(height // 8, 1), max(width // 8, 1)
-    padded = batch.new_zeros(count, channels, height + 2 * up, width + 2 * left)
+    up, left = _reach(height), _reach(width)
+    padded = batch.new_full((count, channels, height + 2 * up, width + 2 * left), fill)
     padded[:, :, up : up + height, left : left + width] = batch
     windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
-    tops = torch.randint(2 * up + 1, (count,), generator=generator)
-    lefts = torch.randint(2 * left + 1, (count,), generator=generator)
-    crops = windows[torch.arange(count), tops, lefts]
-    if flip:
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        crops = torch.where(mirrored[:, None, None, None], crops.flip(3), crops)
+    crops = windows[torch.arange(count), up - moves.down, left - moves.right]
+    if moves.mirrored.any():
+        crops = torch.where(moves.mirrored[:, None, None, None], crops.flip(3), crops)
     return crops
+
+
+def _reach(side: int) -> int:
+    """The furthest that an image moves along a side of so many pixels."""
+    return max(side // 8, 1)

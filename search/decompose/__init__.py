@@ -1,6 +1,7 @@
 """The decompositions, one file each, behind one small interface (``base.Method``)."""
 
 from search.decompose.base import Fit, Method
+from search.decompose.by_kind import ByKind
 from search.decompose.cp3 import CP3
 from search.decompose.cp4 import CP4
 from search.decompose.r_cp import RCP
@@ -9,16 +10,18 @@ from search.decompose.r_tucker import RTucker
 from search.decompose.shuffled import ShuffledCP, ShuffledMethod, ShuffledTT, ShuffledTucker
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
+from search.decompose.svd_recurrent import RecurrentSVD
 from search.decompose.tt import TT
 from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
+from search.recurrent import RECURRENT
 
 __all__ = ["AUTO", "METHODS", "Fit", "Method"]
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        *(SVD(), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT()),
+        *(ByKind(SVD(), {RECURRENT: RecurrentSVD()}), SVDInput(), SpatialSVD(), Tucker2(), CP3(), CP4(), TT()),
         *(TTMatrix(), RTT(), RCP(), RTucker()),
         *(ShuffledTT(), ShuffledTucker(), ShuffledCP()),
     )

@@ -19,13 +19,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import Statistics, weight_of
+from search.calibrate import Statistics
+from search.matrices import matrices, weight_from
 from search.spec import CurvePoint
 from tenfold.layers import FactorizedLayer
+from tenfold.layers.base import CONVS, TRANSPOSED, Conv, ConvTranspose
 
 __all__ = [
     "CONVS",
-    "Conv",
     "Fit",
     "Method",
     "Problem",
@@ -34,10 +35,12 @@ __all__ = [
     "conv2d_sizes",
     "conv_of",
     "conv_reason",
+    "dense_cost",
     "fill",
     "geometry",
     "input_positions",
     "middle_positions",
+    "output_positions_of",
     "problems",
     "ranks_between",
     "relative",
@@ -45,8 +48,6 @@ __all__ = [
     "thin",
 ]
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MAX_POINTS = 60
 RIDGE = 1e-6
 """Relative to the mean diagonal of C: enough for float64, far below the noise of a calibration set."""
@@ -61,7 +62,11 @@ class Fit:
 
 
 class Method(Protocol):
-    """One decomposition. Ranks are per group; ``output_positions``: how often the kernel is applied to one sample."""
+    """One decomposition. Ranks are per group.
+
+    ``output_positions``: how often the weight is applied to one sample: once for each output position, or for each
+    *input* position of a transposed convolution.
+    """
 
     @property
     def name(self) -> str: ...
@@ -125,7 +130,7 @@ class Problem:
     target: Tensor
     """B: (out, in * taps)."""
     moments: Tensor
-    """C with its ridge: (in * taps, in * taps)."""
+    """C with its ridge: (in * taps, in * taps); an Embedding's is its diagonal, (tokens,)."""
     rows: Tensor
     """M's diagonal: (out,)."""
     floor: float
@@ -140,12 +145,16 @@ class Problem:
     @cached_property
     def base(self) -> float:
         """The error of V = 0 without the floor: ||M B C^1/2||^2."""
-        return float(((self.weighed @ self.moments) * self.weighed).sum())
+        return float((self.spread(self.weighed) * self.weighed).sum())
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``rows @ C``: (rows, in * taps)."""
+        return rows * self.moments if self.moments.dim() == 1 else rows @ self.moments
 
     def error(self, weight: Tensor) -> float:
         """E||M(y - V x)||^2 of a candidate ``V``: (out, in * taps)."""
         gap = self.rows[:, None] * (self.target - weight)
-        return self.floor + float(((gap @ self.moments) * gap).sum())
+        return self.floor + float((self.spread(gap) * gap).sum())
 
 
 def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | None = None) -> list[Problem]:
@@ -166,6 +175,9 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
             eye = torch.eye(w.shape[1], dtype=torch.float64)
             solved.append(Problem(w, eye, m, 0.0, max(energy, 1e-30)))
             continue
+        if isinstance(layer, nn.Embedding):
+            solved.append(_look_up(layer, w, m, statistics))
+            continue
         c, d = statistics.second[g], statistics.cross[g]
         scale = float(c.diagonal().mean())
         ridge = RIDGE * scale if scale > 0 else 1.0
@@ -182,6 +194,23 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
     return solved
 
 
+def _look_up(layer: nn.Embedding, w: Tensor, m: Tensor, statistics: Statistics) -> Problem:
+    """An Embedding's problem: each token by itself, weighed by how often it comes.
+
+    Each counts as seen half a time more (Krichevsky and Trofimov 1981), wanting its own row: those that the
+    calibration data lack have a say too.
+    """
+    half = 0.5 / statistics.count
+    c, d = statistics.second[0] + half, statistics.cross[0] + half * w
+    b = d / c
+    if layer.padding_idx is not None:
+        b[:, layer.padding_idx] = w[:, layer.padding_idx]
+    energy = float((m.square() * (statistics.energy[0] + half * w.square().sum(1))).sum())
+    explained = float((m.square()[:, None] * b * d).sum())
+    of_mean = float((m * d.sum(1)).square().sum() / c.sum())
+    return Problem(b, c, m, max(energy - explained, 0.0), max(energy - of_mean, 1e-30))
+
+
 def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
     """Groups' absolute errors as one relative error."""
     return sum(errors) / sum(p.energy for p in parts)
@@ -189,18 +218,17 @@ def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
 
 def geometry(layer: nn.Module) -> tuple[int, Tensor]:
     """``(groups, weight as (groups, out / groups, in / groups * taps))``."""
-    weight = weight_of(layer)
-    groups = int(layer.groups) if isinstance(layer, CONVS) else 1
-    return groups, weight.reshape(groups, weight.shape[0] // groups, -1)
+    weight = matrices(layer)
+    return len(weight), weight
 
 
-def conv_of(layer: nn.Module) -> Conv:
-    """The layer, known to be a convolution.
+def conv_of(layer: nn.Module) -> Conv | ConvTranspose:
+    """The layer, known to be a convolution, transposed or not.
 
     Raises:
         TypeError: it is not (``applies_to`` says so beforehand).
     """
-    if not isinstance(layer, CONVS):
+    if not isinstance(layer, Conv | ConvTranspose):
         raise TypeError(f"expected a convolution, got {type(layer).__name__}")
     return layer
 
@@ -223,9 +251,9 @@ def conv2d_sizes(layer: nn.Module) -> tuple[int, int, int, int]:
     return rows, columns, conv.in_channels // conv.groups, conv.out_channels // conv.groups
 
 
-def conv_reason(layer: nn.Module) -> str | None:
-    """Why a layer is not a convolution that the channel methods can take, or None."""
-    if not isinstance(layer, CONVS):
+def conv_reason(layer: nn.Module, *, transposed: bool = False) -> str | None:
+    """Why a layer is not a convolution that the channel methods can take, or None. ``transposed``: those too."""
+    if not isinstance(layer, Conv | ConvTranspose) or (isinstance(layer, ConvTranspose) and not transposed):
         return f"{type(layer).__name__} is not a convolution"
     if min(layer.in_channels, layer.out_channels) // layer.groups < 2:
         return f"depthwise: {layer.groups} groups of {layer.in_channels} input channels leave no channels to combine"
@@ -244,21 +272,36 @@ def separable_reason(method: str, layer: nn.Module) -> str | None:
 def fill(layer: nn.Module, new: FactorizedLayer, **links: Tensor) -> FactorizedLayer:
     """Copy factors into ``new`` (any shape with the right number of elements) and the dense layer's bias.
 
-    ``links``: by the name of a parameter, or of the submodule whose weight it is.
+    ``links``: by the name of a parameter, or of the submodule whose matrices they are.
     """
     parameters = dict(new.named_parameters())
     with torch.no_grad():
         for name, value in links.items():
-            weight = parameters[name] if name in parameters else parameters[f"{name}.weight"]
-            weight.copy_(value.reshape(weight.shape))
-        if new.output_bias is not None and isinstance(layer.bias, Tensor):
-            new.output_bias.copy_(layer.bias)
+            if name in parameters:
+                parameters[name].copy_(value.reshape(parameters[name].shape))
+            else:
+                parameters[f"{name}.weight"].copy_(weight_from(new.get_submodule(name), value))
+        bias = getattr(layer, "bias", None)
+        if new.output_bias is not None and isinstance(bias, Tensor):
+            new.output_bias.copy_(bias)
     new.train(layer.training)
     return new
 
 
 def bias_parameters(layer: nn.Module) -> int:
-    return int(layer.bias.numel()) if isinstance(layer.bias, Tensor) else 0
+    bias = getattr(layer, "bias", None)
+    return int(bias.numel()) if isinstance(bias, Tensor) else 0
+
+
+def dense_cost(layer: nn.Module, output_positions: int) -> tuple[int, float]:
+    """``(parameters, macs of one sample)`` of the dense layer.
+
+    A look-up multiplies nothing, so no factors of an Embedding can save MACs: they must only save parameters, and
+    what they cost is told. That is what the infinity says to ``thin``.
+    """
+    weight = geometry(layer)[1]
+    macs = math.inf if isinstance(layer, nn.Embedding) else weight.numel() * output_positions
+    return weight.numel() + bias_parameters(layer), macs
 
 
 def ranks_between(low: int, high: int, count: int) -> list[int]:
@@ -271,7 +314,7 @@ def ranks_between(low: int, high: int, count: int) -> list[int]:
     return sorted({low + round(float(t) * (high - low)) for t in grid})
 
 
-def thin(points: Sequence[CurvePoint], dense: tuple[int, int]) -> tuple[CurvePoint, ...]:
+def thin(points: Sequence[CurvePoint], dense: tuple[int, float]) -> tuple[CurvePoint, ...]:
     """What is worth offering, cheapest first, at most 60 points.
 
     A point with as many parameters as the dense layer, or more MACs, never is; one with the dense layer's MACs saves
@@ -304,6 +347,22 @@ def input_positions(layer: nn.Module, output_positions: int, input_sizes: Sequen
     return output_positions * math.prod(layer.stride) if input_sizes is None else math.prod(input_sizes)
 
 
+def output_positions_of(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
+    """How often a pointwise link behind the kernel is applied: a transposed convolution has outputs of its own number.
+
+    Without the input's sizes, as the strides say.
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return output_positions
+    if input_sizes is None:
+        return output_positions * math.prod(layer.stride)
+    axes = zip(
+        *(input_sizes, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding),
+        strict=True,
+    )
+    return math.prod((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
+
+
 def middle_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
     """How often a k x 1 link is applied: it strides along the rows, and the columns are still the input's."""
     if input_sizes is None:
@@ -313,7 +372,7 @@ def middle_positions(layer: nn.Module, output_positions: int, input_sizes: Seque
 
 def _sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spatial output sizes of a convolution for spatial ``input_sizes``."""
-    layer = conv_of(layer)
+    layer = conv2d_of(layer)
     if isinstance(layer.padding, str):
         before = after = [0] * len(layer.kernel_size)
         if layer.padding == "same":

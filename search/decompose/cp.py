@@ -26,10 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import Statistics, weight_of
+from search.calibrate import Statistics
 from search.decompose.base import Fit, Problem, bias_parameters, fill, geometry, problems, relative, thin
 from search.decompose.projection import conjugate_gradients
 from search.decompose.variational import by_inputs, by_outputs, variational_rank
+from search.matrices import weight_of
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import weight_of
 from search.decompose.base import Problem
+from search.matrices import weight_of
 
 __all__ = [
     "SWEEPS",

@@ -1,5 +1,7 @@
 """``svd``: the layer's matrix ``out x (in * taps)`` at rank r: k x k then 1 x 1; a Linear becomes two.
 
+An Embedding's matrix has a column for each token; it becomes a look-up of r numbers and a Linear.
+
 Data-aware this is reduced-rank regression: with U the top-r eigenvectors of ``M B C B' M``, ``V = M^-1 U U' M B``
 is the best matrix of rank r in the norm of C (Eckart-Young in whitened coordinates); one eigendecomposition gives all.
 """
@@ -11,22 +13,25 @@ from torch import Tensor, nn
 
 from search.calibrate import Statistics
 from search.decompose.base import (
-    CONVS,
     Fit,
+    Problem,
     bias_parameters,
     conv_reason,
+    dense_cost,
     fill,
     geometry,
+    output_positions_of,
     problems,
     ranks_between,
     relative,
     thin,
 )
 from search.decompose.variational import by_outputs, variational_rank
+from search.matrices import has_windows
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
-__all__ = ["SVD"]
+__all__ = ["SVD", "spectrum"]
 
 
 class SVD:
@@ -35,10 +40,12 @@ class SVD:
     def applies_to(self, layer: nn.Module) -> str | None:
         if isinstance(layer, nn.Linear):
             reason = None if min(layer.weight.shape) > 1 else "a Linear with one input or output has no rank to cut"
-        elif isinstance(layer, CONVS):
-            reason = conv_reason(layer)
+        elif isinstance(layer, nn.Embedding):
+            reason = None if layer.max_norm is None else "its rows are cut to max_norm as they are looked up"
+        elif has_windows(layer):
+            reason = conv_reason(layer, transposed=True)
         else:
-            reason = f"svd replaces Linear and convolutions, not {type(layer).__name__}"
+            reason = f"svd replaces Linear, Embedding and convolutions, not {type(layer).__name__}"
         if reason is None and not self.ranks(layer):
             reason = "no rank makes it smaller"
         return reason
@@ -59,8 +66,11 @@ class SVD:
     ) -> tuple[int, int]:
         groups, weight = geometry(layer)
         _, out, n = weight.shape
-        factors = groups * ranks[0] * (out + n)
-        return factors + bias_parameters(layer), factors * output_positions
+        first, last = groups * ranks[0] * n, groups * ranks[0] * out
+        macs = last * output_positions_of(layer, output_positions, input_sizes)
+        if not isinstance(layer, nn.Embedding):  # whose first link only looks up
+            macs += first * output_positions
+        return first + last + bias_parameters(layer), macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         return (variational_rank(layer, by_outputs),)
@@ -78,7 +88,7 @@ class SVD:
         parts = problems(layer, statistics, metric)
         lasts, firsts, errors = [], [], []
         for part in parts:
-            values, vectors = _spectrum(part.weighed, part.moments)
+            values, vectors = spectrum(part)
             u = vectors[:, :r]
             last, first = u / part.rows[:, None], u.T @ part.weighed
             # Equal norms on both sides of each channel: what gradient descent and low precision like.
@@ -98,17 +108,17 @@ class SVD:
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
         parts = problems(layer, statistics, metric)
-        spectra = [_spectrum(p.weighed, p.moments)[0] for p in parts]
+        spectra = [spectrum(p)[0] for p in parts]
+        sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in self.ranks(layer):
-            parameters, macs = self.cost(layer, ranks, output_positions)
+            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             errors = [p.floor + float(v[ranks[0] :].sum()) for p, v in zip(parts, spectra, strict=True)]
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
-        weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        return thin(points, dense_cost(layer, output_positions))
 
 
-def _spectrum(weighed: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+def spectrum(part: Problem) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors of ``M B C B' M``: (out,), (out, out)."""
-    values, vectors = torch.linalg.eigh(weighed @ moments @ weighed.T)
+    values, vectors = torch.linalg.eigh(part.spread(part.weighed) @ part.weighed.T)
     return values.flip(0).clamp_min(0), vectors.flip(1)

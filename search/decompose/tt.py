@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search.calibrate import Statistics, weight_of
+from search.calibrate import Statistics
 from search.decompose.base import (
     Fit,
     Problem,
@@ -33,6 +33,7 @@ from search.decompose.base import (
 )
 from search.decompose.projection import WARM_SWEEPS, Nested, alternate, project, refine, restrict, solve
 from search.decompose.variational import by_inputs, by_outputs, by_rows, variational_rank
+from search.matrices import weight_of
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 

@@ -1,6 +1,9 @@
 """``tucker2`` (Kim et al. 2016): 1 x 1 to r1 channels, k x k to r2, 1 x 1 back; and ``svd_input``, which keeps all
 outputs.
 
+A transposed convolution has the same links, its k x k transposed; the first runs over the input, the last over the
+(often more) outputs.
+
 The input factor P comes from the whitened input channels (HOSVD in the norm of C); for each r1 one regression gives the
 core with *all* output ranks nested; alternating least squares then refines P for the ranks that are really used.
 """
@@ -14,11 +17,12 @@ from search.calibrate import Statistics
 from search.decompose.base import (
     Fit,
     bias_parameters,
-    conv_of,
     conv_reason,
+    dense_cost,
     fill,
     geometry,
     input_positions,
+    output_positions_of,
     problems,
     ranks_between,
     relative,
@@ -26,6 +30,7 @@ from search.decompose.base import (
 )
 from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
 from search.decompose.variational import by_inputs, by_outputs, variational_rank
+from search.matrices import taps_of
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 
@@ -39,7 +44,7 @@ class Tucker2:
     name = "tucker2"
 
     def applies_to(self, layer: nn.Module) -> str | None:
-        reason = conv_reason(layer)
+        reason = conv_reason(layer, transposed=True)
         if reason is None and _sizes(layer)[2] == 1:
             reason = "a 1 x 1 kernel is a matrix already: svd does it with one link less"
         return reason or (None if self.ranks(layer) else "no rank makes it smaller")
@@ -65,9 +70,13 @@ class Tucker2:
         c_out, c_in, taps = _sizes(layer)
         groups = geometry(layer)[0]
         low, high = ranks
-        first, rest = groups * low * c_in, groups * (low * taps * high + high * c_out)
-        macs = first * input_positions(layer, output_positions, input_sizes) + rest * output_positions
-        return first + rest + bias_parameters(layer), macs
+        first, core, last = groups * low * c_in, groups * low * taps * high, groups * high * c_out
+        macs = (
+            first * input_positions(layer, output_positions, input_sizes)
+            + core * output_positions
+            + last * output_positions_of(layer, output_positions, input_sizes)
+        )
+        return first + core + last + bias_parameters(layer), macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         return variational_rank(layer, by_inputs), variational_rank(layer, by_outputs)
@@ -125,8 +134,7 @@ class Tucker2:
             error = relative(parts, [e[min(high, len(e) - 1)] for e in solved[low]])
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=error))
-        weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        return thin(points, dense_cost(layer, output_positions))
 
 
 class SVDInput:
@@ -197,12 +205,11 @@ class SVDInput:
             errors = [part.floor + nested.error(len(nested.gains)) for part, nested in zip(parts, found, strict=True)]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
-        weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        return thin(points, dense_cost(layer, output_positions))
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int, int]:
     """``(out, in, taps)``, channels per group."""
-    groups, weight = geometry(layer)
-    c_in = conv_of(layer).in_channels // groups
-    return weight.shape[1], c_in, weight.shape[2] // c_in
+    _, out, n = geometry(layer)[1].shape
+    taps = taps_of(layer)
+    return out, n // taps, taps

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from search.calibrate import weight_of
+from search.matrices import matrices, taps_of
 from search.vbmf import evbmf_rank
 
 __all__ = ["by_inputs", "by_outputs", "by_rows", "variational_rank"]
@@ -19,7 +19,8 @@ def variational_rank(layer: nn.Module, unfold: Callable[[Tensor], Tensor]) -> in
 
     ``unfold``: from (out, in, *kernel), of one group and in float64, to a matrix. With groups, the largest of all.
     """
-    parts = weight_of(layer).detach().double().chunk(int(getattr(layer, "groups", 1)))
+    whole = matrices(layer).detach().to("cpu", torch.float64)
+    parts = whole.reshape(*whole.shape[:2], whole.shape[2] // taps_of(layer), *getattr(layer, "kernel_size", ()))
     return max(1, *(_rank(unfold(part)) for part in parts))
 
 

@@ -1,5 +1,6 @@
 """What taking in a model gives: the lifted network and what is known of its inputs and outputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +10,10 @@ from torch import Tensor, fx
 from search.errors import BadModel
 from search.spec import TensorInfo
 
-__all__ = ["LiftedModel", "all_outputs", "first_output"]
+__all__ = ["Answer", "LiftedModel", "all_outputs", "first_output", "last_output"]
+
+Answer = Callable[[Any], Tensor]
+"""Picks the tensor that counts from what a network returns."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,16 @@ def first_output(out: Any) -> Tensor:
     if isinstance(out, dict) and isinstance(out.get("logits"), Tensor):
         logits: Tensor = out["logits"]
         return logits
-    found = all_outputs(out)
+    return _found(out)[0]
+
+
+def last_output(out: Any) -> Tensor:
+    """The last tensor: of stacked networks that answer at each stage, the answer of the last."""
+    return _found(out)[-1]
+
+
+def _found(out: Any) -> list[Tensor]:
+    found = [tensor for _, tensor in all_outputs(out)]
     if not found:
         raise BadModel("no_output", f"the model returns {type(out).__name__} without a tensor: return its logits")
-    return found[0][1]
+    return found

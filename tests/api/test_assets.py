@@ -70,6 +70,39 @@ def test_a_std_of_zero_is_refused_with_what_arrived(service):
     assert "(0.0,)" in reply.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": "segmentation", "transform": {"augment": "crop_flip"}},
+        {"task": "keypoints", "pck_threshold": 0.2, "mirror": [[2, 5], [3, 6]], "transform": {"augment": "crop_flip"}},
+        {"task": "keypoints", "mirror": [], "columns": {"length": "heads"}},
+    ],
+)
+def test_a_task_of_maps_is_kept_with_its_options(on_both, fields):
+    reply = on_both.post("/v1/datasets", json={"upload": on_both.upload(), **fields})
+    assert reply.status_code == 202
+    kept = on_both.get(f"/v1/datasets/{reply.json()['id']}").json()["spec"]
+    transform = fields.pop("transform", {})
+    assert kept.items() >= fields.items()
+    assert kept["transform"].items() >= transform.items()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"task": "keypoints", "transform": {"augment": "crop_flip"}}, "swaps left and right joints"),
+        ({"task": "keypoints", "mirror": [[1, 1]]}, "names a joint twice"),
+        ({"task": "keypoints", "pck_threshold": -1}, "-1 arrived"),
+        ({"task": "segmentation", "pck_threshold": 0.5}, "the task is segmentation"),
+        ({"task": "detection"}, "'segmentation' or 'keypoints' ('detection' arrived)"),
+    ],
+)
+def test_options_that_the_task_contradicts_are_refused(service, fields, says):
+    reply = service.post("/v1/datasets", json={"upload": "u", **fields})
+    assert reply.status_code == 422
+    assert says in reply.json()["detail"], reply.json()["detail"]
+
+
 @pytest.mark.parametrize("path", ["models", "datasets"])
 def test_one_that_a_job_uses_stays(service, path):
     job = service.get(f"/v1/jobs/{service.new_job()}").json()

@@ -110,6 +110,34 @@ def test_a_request_that_makes_no_sense_is_refused_with_advice(service, change, c
     assert service.get("/v1/jobs").json()["items"] == []
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "status"),
+    [
+        ("segmentation", "miou", 202),
+        ("segmentation", "pixel_accuracy", 202),
+        ("segmentation", "accuracy", 422),
+        ("keypoints", None, 202),
+        ("keypoints", "miou", 422),
+        ("classification", "pck", 422),
+    ],
+)
+def test_a_metric_goes_with_the_task_of_its_data(service, task, metric, status):
+    body = service.job_body(budget={"metric": metric, "max_drop": 0.01})
+    made = service.post("/v1/datasets", json={"upload": service.upload(), "task": task}).json()
+    reply = service.post("/v1/jobs", json=body | {"dataset": made["id"]})
+    assert reply.status_code == status, reply.text
+    if status == 422:
+        assert reply.json()["code"] == "metric_contradicts_task"
+
+
+def test_the_budget_of_a_share_is_a_fraction(service):
+    body = service.job_body(budget={"max_drop": 3})
+    made = service.post("/v1/datasets", json={"upload": service.upload(), "task": "segmentation"}).json()
+    reply = service.post("/v1/jobs", json=body | {"dataset": made["id"]})
+    assert (reply.status_code, reply.json()["code"]) == (422, "budget_not_a_fraction")
+    assert "0.03" in reply.json()["detail"]
+
+
 def test_top5_of_a_few_classes_is_refused(service):
     body = service.job_body(budget={"metric": "top5", "max_drop": 0.01})
     with service.db.begin() as s:

@@ -21,7 +21,21 @@ import tenfold
 from examples.digits import save, split, train
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.long, pytest.mark.timeout(420)]
+# Without any .env file that lies in the checkout.
+CHECK = ["docker", "compose", "--env-file", os.devnull, "-f", str(ROOT / "docker-compose.yml"), "config", "--quiet"]
+
+
+def docker_compose() -> bool:
+    """Whether Docker's CLI and its compose plugin are here; checking a file needs no daemon."""
+    try:
+        return subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+needs_compose = pytest.mark.skipif(
+    not docker_compose(), reason="NO DOCKER COMPOSE: install its CLI plugin to have docker-compose.yml checked by it"
+)
 
 
 def composed() -> dict[str, Any]:
@@ -91,6 +105,26 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def checked(**more: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TENFOLD_", "COMPOSE_"))}
+    return subprocess.run(CHECK, env={**clean, **more}, capture_output=True, text=True, timeout=60)
+
+
+@needs_compose
+def test_docker_compose_takes_the_file() -> None:
+    done = checked(TENFOLD_DB_PASSWORD="secret")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_compose
+def test_docker_compose_asks_for_the_password() -> None:
+    done = checked()
+    assert done.returncode != 0
+    assert "set TENFOLD_DB_PASSWORD" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(420)
 def test_two_workers_share_a_job_as_composed(tmp_path: Path, empty_postgresql_url: str) -> None:
     data = split()
     save(data, tmp_path / "digits.npz")

@@ -35,6 +35,16 @@ def test_every_option_lands_in_a_field_that_the_service_knows():
     assert fields["minimize"] == ["macs", "parameters"]
 
 
+def test_what_keypoints_need_lands_in_the_data_and_the_recipe():
+    options = parsed("--max-drop", "0.01", *("--task", "keypoints", "--mirror", "2-5,3-6", "--pck-threshold", "0.2"))
+    fields = job_fields(options, workers=1)
+    data = DataSpec.model_validate(fields["data_spec"])
+    assert (data.mirror, data.pck_threshold) == (((2, 5), (3, 6)), 0.2)
+    options = parsed("--max-drop", "0.01", "--mirror", "none", "--heatmap-sigma", "1.5")
+    assert job_fields(options, workers=1)["data_spec"]["mirror"] == []
+    assert FineTune.model_validate(job_fields(options, workers=1)["fine_tune"]).heatmap_sigma == 1.5
+
+
 @pytest.mark.parametrize(
     ("given", "sent"),
     [

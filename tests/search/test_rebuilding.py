@@ -24,6 +24,7 @@ KINDS = {
     "Linear": (nn.Linear(12, 10), (5, 12)),
     "Conv1d": (nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 11)),
     "Conv2d": (nn.Conv2d(8, 12, 3, padding="same", dilation=2, groups=2, bias=False), (2, 8, 9, 9)),
+    "ConvTranspose2d": (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 6, 5, 5)),
     "Conv3d": (nn.Conv3d(4, 6, 3, padding=1), (1, 4, 5, 5, 5)),
 }
 PAIRS = [(k, m) for k, (layer, _) in KINDS.items() for m in METHODS if METHODS[m].applies_to(layer) is None]

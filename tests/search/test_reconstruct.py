@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from search.calibrate import collect
 from search.chains import follow
+from search.decompose import METHODS
 from search.errors import BadRequest
 from search.norms import recalibrate_batch_norm
 from search.reconstruct import Options, reconstruct
@@ -256,3 +258,35 @@ def test_only_as_many_batches_are_kept_as_memory_holds(net: fx.GraphModule) -> N
     assert all(
         torch.equal(a, b) for a, b in zip(one_batch.state_dict().values(), small.state_dict().values(), strict=True)
     )
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.place = nn.Parameter(torch.randn(6, 16))
+        self.lstm = nn.LSTM(16, 20, batch_first=True)
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y, _ = self.lstm(self.embed(tokens) + self.place)
+        return self.head(y[:, -1])
+
+
+def test_tokens_stay_integers_and_a_recurrent_layer_is_fitted_to_the_input_it_will_really_get() -> None:
+    torch.manual_seed(0)
+    reader = fx.symbolic_trace(Reader().eval())
+    tokens = [(torch.randint(0, 30, (40, 6)),) for _ in range(3)]
+    plan = {"embed": SitePlan(method="svd", ranks=(5,)), "lstm": SitePlan(method="svd", ranks=(4, 5))}
+    errors: dict[str, float] = {}
+    found = reconstruct(reader, reader, plan, lambda: tokens, errors=errors)
+    embedded = METHODS["svd"].factorize(reader.embed, (5,), collect(reader, ["embed"], tokens)["embed"])
+    torch.testing.assert_close(found.embed.dense_weight(), embedded.module.dense_weight())
+    half = copy.deepcopy(reader)
+    half.embed = embedded.module
+    statistics = collect(half, ["lstm"], tokens)["lstm"]
+    expected = METHODS["svd"].factorize(reader.lstm, (4, 5), statistics)
+    assert errors["lstm"] == pytest.approx(expected.error, rel=1e-4)
+    half.lstm = expected.module
+    torch.testing.assert_close(found(*tokens[0]), half(*tokens[0]), rtol=1e-3, atol=1e-4)
+    assert set(errors) == set(plan)

@@ -208,6 +208,23 @@ def test_a_candidate_trains_at_its_own_learning_rate(job: Opened, tmp_path: Path
     assert last_rate(learning_rate_scale=0.5) == pytest.approx(0.5 * last_rate())
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_share_of_a_rungs_epochs_is_spent_block_by_block(
+    uploads: Uploads, job: Opened, tmp_path: Path, share: float
+) -> None:
+    recipe = JOB.fine_tune.model_copy(update={"sequential": share, "epochs": 2.0})
+    session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"fine_tune": recipe}))
+    plan = {"conv2": SitePlan(method="svd", ranks=(3,)), "fc1": SitePlan(method="svd", ranks=(3,))}
+    cheap = session.trial(work(plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "cheap")
+    for rung, epochs in ((Rung.SHORT, 1), (Rung.FULL, 2)):
+        result = session.trial(work(plan, rung), job.profile, None, None, None, tmp_path / rung)
+        assert result.epochs == pytest.approx(epochs, abs=0.1)
+        assert result.curve[-1].epoch == result.epochs
+        assert any("block by block (2 of them)" in note for note in result.notes)
+        assert ("trained in float32" in result.notes) == (share < 1)
+        assert result.drop < cheap.drop
+
+
 def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_path: Path) -> None:
     session = job.session
     result = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")

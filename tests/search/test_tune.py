@@ -221,7 +221,7 @@ def test_every_number_format_trains_and_leaves_plain_tensors(
 def test_progress_tells_epochs_and_seconds_left(
     blobs: Blobs, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune._Clock, "due", lambda self: True)
+    monkeypatch.setattr(tune.Clock, "due", lambda self: True)
     seen: list[tuple[str, float, float]] = []
     fine_tune(
         network(), teacher, blobs, FAST, epochs=1, seed=0, metric=Metric.ACCURACY, report=lambda *a: seen.append(a)

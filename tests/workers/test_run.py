@@ -76,6 +76,59 @@ def test_a_profile_that_cannot_be_made_fails_the_job(db, settings, runner, submi
     assert job_of(db, job_id).reason_code == "toy_profile"
 
 
+def left_in_scratch(settings):
+    return [p.name for p in scratch_root(settings).iterdir() if p.name.startswith("run-")]
+
+
+def test_a_disk_that_is_full_when_an_upload_is_fetched_rejects_it_with_advice(
+    db, settings, runner, submit, monkeypatch
+):
+    def on_a_full_disk(descriptor, mode):
+        os.close(descriptor)
+        return Path("/dev/full").open(mode)
+
+    monkeypatch.setattr("workers.scratch.os.fdopen", on_a_full_disk)
+    job_id = submit()
+    runner.work()
+    job = job_of(db, job_id)
+    assert (job.state, job.reason_code) == (JobState.FAILED, "disk_full")
+    assert f"{scratch_root(settings)} is full: free some space, then upload it again" in job.reason
+    assert left_in_scratch(settings) == []
+
+
+def test_a_disk_that_is_full_in_the_profile_fails_the_job_at_once_and_the_job_can_be_extended(
+    db, settings, runner, submit
+):
+    control(settings, full_disk="profile")
+    job_id = submit()
+    runner.work()
+    job = job_of(db, job_id)
+    assert (job.state, job.reason_code) == (JobState.FAILED, "disk_full")
+    assert "free space" in job.reason
+    assert left_in_scratch(settings) == []
+    with db.read() as s:
+        assert not [e for e in events.page(s, OWNER, job_id, limit=200).items if e.kind == "attempt"]
+    control(settings)
+    with db.begin() as s:
+        jobs.extend(s, OWNER, job_id, trials=1)
+    runner.work()
+    assert job_of(db, job_id).state is JobState.DONE
+
+
+def test_a_disk_that_is_full_in_a_trial_fails_that_trial_and_its_half_written_files_are_gone(
+    db, settings, runner, submit
+):
+    control(settings, full_disk="trial")
+    job_id = submit(trials=1)
+    runner.work()
+    with db.read() as s:
+        trial = trials.get(s, OWNER, job_id, 0)
+    assert trial.state is TrialState.FAILED
+    assert "free space" in trial.error
+    assert job_of(db, job_id).state is JobState.FAILED
+    assert left_in_scratch(settings) == []
+
+
 def test_where_the_jail_is_required_and_missing_uploads_are_not_opened(db, settings, submit):
     control(settings, no_jail=True)
     required = settings.model_copy(update={"jail": "require"})
@@ -180,8 +233,7 @@ def test_nothing_of_a_compute_process_is_left_behind(db, settings, runner, submi
     runner.work()
     runner.stop()
     runner.close()
-    left = [p.name for p in scratch_root(settings).iterdir() if p.name.startswith("run-")]
-    assert left == []
+    assert left_in_scratch(settings) == []
 
 
 @pytest.mark.parametrize("kept", [True, False])

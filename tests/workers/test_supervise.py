@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -36,6 +37,14 @@ def test_running_out_of_memory_becomes_advice(start):
     with pytest.raises(Failed, match="lower batch_size") as failure:
         start().call("out_of_memory", {})
     assert failure.value.code == "out_of_memory"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_becomes_advice(start, number):
+    child = start()
+    with pytest.raises(Failed, match="free space") as failure:
+        child.call("no_room", {"errno": number})
+    assert failure.value.code == "disk_full"
 
 
 def test_an_unforeseen_error_costs_the_process_and_hides_its_details_from_users(start, capfd):

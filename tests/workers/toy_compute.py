@@ -30,6 +30,10 @@ def out_of_memory(arguments, context):
     raise MemoryError
 
 
+def no_room(arguments, context):
+    raise OSError(arguments["errno"], os.strerror(arguments["errno"]))
+
+
 def die(arguments, context):
     os._exit(7)
 
@@ -73,7 +77,7 @@ def variables(arguments, context):
     return dict(os.environ)
 
 
-TOYS = (echo, steps, refuse, fail, out_of_memory, die, spin, grow, chatter, garble, save, variables)
+TOYS = (echo, steps, refuse, fail, out_of_memory, no_room, die, spin, grow, chatter, garble, save, variables)
 
 if __name__ == "__main__":
     serve({f.__name__: f for f in TOYS}, prepare=lambda: None, argv=sys.argv[1:])

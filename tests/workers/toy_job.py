@@ -1,7 +1,7 @@
 """A real compute process that plays a whole job in no time: no torch, a network of three layers that exists on paper.
 
 A trial's drop grows with what its plan removes, so the search has something to find. ``control.json`` beside the
-scratch folders tells it to last (``steps``) or to fail.
+scratch folders tells it to last (``steps``), to fail, or to find the disk full (``full_disk``: in which operation).
 """
 
 import json
@@ -91,6 +91,14 @@ def open_job(arguments, context):
     return {}
 
 
+def write(operation, path, content):
+    """Half of it, where the disk is full; the error is the kernel's own."""
+    full = control().get("full_disk") == operation
+    path.write_bytes(content[: len(content) // 2] if full else content)
+    if full:
+        Path("/dev/full").write_bytes(content)
+
+
 def points(site):
     rows, columns = SITES[site]
     full = min(rows, columns)
@@ -110,6 +118,7 @@ def costs_of(parameters):
 def profile(arguments, context):
     if control().get("refuse_profile"):
         raise BadModel("toy_profile", "this toy cannot be profiled: send another")
+    write("profile", context.there("statistics"), b"moments")
     sites = tuple(
         SiteChoice(site=s, dense_parameters=dense(s), dense_macs=dense(s), curves={"svd": points(s)}) for s in SITES
     )
@@ -136,7 +145,7 @@ def measured(plan, rung, out):
             left += dense(site)
     drop = 0.02 * error * (1.0 if rung is Rung.CHEAP else 0.3)
     weights = out / "weights.safetensors"
-    weights.write_bytes(json.dumps(plan).encode())
+    write("trial", weights, json.dumps(plan).encode())
     return TrialResult(
         rung=rung,
         value=0.9 - drop,

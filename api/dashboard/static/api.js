@@ -34,18 +34,23 @@ export async function post(path, body) {
   return (await checked(reply)).json();
 }
 
-/** Every item of a paged listing, up to `most`. */
-export async function all(path, most = 5000) {
-  const items = [];
-  let cursor = null;
+/** The pages of a listing, the first one after `cursor`. */
+export async function* pages(path, cursor = null) {
   do {
-    const query = new URLSearchParams({ limit: "200", ...(cursor ? { cursor } : {}) });
-    const page = await get(`${path}?${query}`);
-    items.push(...page.items);
+    const page = await get(`${path}?${new URLSearchParams({ limit: "500", ...(cursor ? { cursor } : {}) })}`);
+    yield page;
     cursor = page.next;
-  } while (cursor && items.length < most);
+  } while (cursor);
+}
+
+/** Every item of a paged listing. */
+export async function all(path) {
+  const items = [];
+  for await (const page of pages(path)) items.push(...page.items);
   return items;
 }
+
+export const sleep = (seconds) => new Promise((r) => setTimeout(r, 1000 * seconds));
 
 /** Calls show(json) now and after every change, by long polling with ETags, until `signal` aborts. */
 export async function follow(path, show, signal) {
@@ -61,12 +66,11 @@ export async function follow(path, show, signal) {
         await show(await reply.json());
       }
       // However fast changes come, a picture a second is enough.
-      const rest = (document.hidden ? 5000 : 1000) - (Date.now() - began);
-      if (rest > 0) await new Promise((r) => setTimeout(r, rest));
+      await sleep((document.hidden ? 5 : 1) - (Date.now() - began) / 1000);
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Problem && [401, 403, 404].includes(error.status)) throw error;
-      await new Promise((r) => setTimeout(r, 3000));
+      await sleep(3);
     }
   }
 }
@@ -86,7 +90,7 @@ export async function poll(path, show, signal) {
       if (signal.aborted) return;
       if (error instanceof Problem && error.status < 500 && error.status !== 429) throw error;
     }
-    await new Promise((r) => setTimeout(r, 1000 * pause));
+    await sleep(pause);
   }
 }
 

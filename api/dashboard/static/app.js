@@ -57,6 +57,7 @@ async function show() {
       await page(main, signal, ...match.slice(1));
     } catch (error) {
       if (signal.aborted) return;
+      leaving.abort(); // whatever else the page has under way
       if (error instanceof Problem && error.status === 401) { signOut(); toast(error.message); return signInPage(); }
       main.replaceChildren(h("div", { class: "notice bad", role: "alert" }, error.message));
     }

@@ -1,5 +1,7 @@
 // Charts by plotly.js. Every chart has a table beside it on the page, so nothing is only in a picture.
 
+import { isShare } from "./ui.js";
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function draw(element, traces, layout) {
@@ -12,15 +14,14 @@ function draw(element, traces, layout) {
   }, { displayModeBar: false, responsive: true });
 }
 
-const percent = (metric) => ["accuracy", "top5", "agreement"].includes(metric);
-const shown = (v, metric) => (percent(metric) ? 100 * v : v);
+const shown = (v, metric) => (isShare(metric) ? 100 * v : v);
 
 const words = (plan) => Object.entries(plan).slice(0, 12).map(([site, p]) => `${site}: ${p.method} ${p.ranks.join("×")}`).join("<br>")
   + (Object.keys(plan).length > 12 ? "<br>…" : "");
 
 /** The metric's value at the budget: a drop is a difference for shares, relative for a loss. */
 function kept({ metric, value, max_drop: lost }) {
-  if (percent(metric)) return value - lost;
+  if (isShare(metric)) return value - lost;
   return metric === "mse" ? value * (1 + lost) : value + lost;
 }
 
@@ -46,7 +47,7 @@ export function frontChart(element, job, trials, front, cost) {
     const y = shown(kept(baseline), metric);
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { dash: "dot", color: css("--bad") } });
   }
-  draw(element, traces, { shapes, xaxis: { title: { text: cost === "latency" ? "latency, ms" : cost }, rangemode: "tozero" }, yaxis: { title: { text: percent(metric) ? `${metric}, %` : metric } } });
+  draw(element, traces, { shapes, xaxis: { title: { text: cost === "latency" ? "latency, ms" : cost }, rangemode: "tozero" }, yaxis: { title: { text: isShare(metric) ? `${metric}, %` : metric } } });
 }
 
 export const COST = { parameters: "parameters", macs: "macs", bytes: "bytes", latency: "latency_ms" };
@@ -84,7 +85,7 @@ export function curvesChart(element, job, detail) {
     const some = r.curve.filter((e) => e.value != null);
     return { type: "scatter", mode: "lines+markers", name: RUNGS[rung][0], x: some.map((e) => e.epoch), y: some.map((e) => shown(e.value, metric)), line: { color: css(RUNGS[rung][1]) } };
   });
-  draw(element, traces, { showlegend: true, xaxis: { title: { text: "epoch" }, rangemode: "tozero" }, yaxis: { title: { text: percent(metric) ? `${metric}, %` : metric } } });
+  draw(element, traces, { showlegend: true, xaxis: { title: { text: "epoch" }, rangemode: "tozero" }, yaxis: { title: { text: isShare(metric) ? `${metric}, %` : metric } } });
 }
 
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);

@@ -1,10 +1,11 @@
 // One job, live.
 
-import { all, download, follow, get, post } from "./api.js";
+import { all, download, follow, get, pages, post, sleep } from "./api.js";
 import { bestChart, COST, curvesChart, frontChart, layersChart, ranksChart } from "./charts.js";
 import { badge, clock, count, drop, duration, h, table, times, toast, value } from "./ui.js";
 
 const ENDED = ["done", "failed", "cancelled"];
+const EVENTS_SHOWN = 200;
 
 export async function jobPage(main, signal, id) {
   const base = `/v1/jobs/${id}`;
@@ -27,35 +28,71 @@ export async function jobPage(main, signal, id) {
     part("Trials", tables.trials),
     part("Events", tables.events));
 
-  let state = null;
+  let job = null;
+  let behind = "";
+  const { found, refresh } = listsOf(base);
   const drawCharts = () => {
-    frontChart(charts.front, state.job, state.trials, state.front, cost.value);
-    bestChart(charts.best, state.job, state.trials, cost.value);
+    frontChart(charts.front, job, found.trials, found.front.points, cost.value);
+    bestChart(charts.best, job, found.trials, cost.value);
   };
-  cost.addEventListener("change", () => state && drawCharts());
+  cost.addEventListener("change", () => job && drawCharts());
 
-  await follow(base, async (job) => {
-    const quiet = (promise, otherwise) => promise.catch(() => otherwise);
-    const [trials, front, layers, events, files, detail] = await Promise.all([
-      quiet(all(`${base}/trials`), []), quiet(get(`${base}/front`), { points: [] }), quiet(get(`${base}/layers`), { layers: [] }),
-      quiet(all(`${base}/events`), []), quiet(all(`${base}/artifacts`), []),
-      job.best ? quiet(get(`${base}/trials/${job.best.trial}`), null) : null]);
-    if (signal.aborted) return;
-    if (!state) cost.value = job.spec.minimize[0];
-    state = { job, trials, front: front.points, layers: layers.layers };
-    drawHead(head, job, base);
+  const draw = () => {
+    const { trials, detail, layers: { layers } } = found;
+    drawHead(head, job, base, behind);
     drawCharts();
-    if (state.layers.length) layersChart(charts.layers, state.layers);
+    if (layers.length) layersChart(charts.layers, layers);
     const trained = detail && Object.values(detail.results).some((r) => r.curve.length);
-    charts.ranks.parentElement.hidden = !(state.layers.length && trials.length);
+    charts.ranks.parentElement.hidden = !(layers.length && trials.length);
     charts.curves.parentElement.hidden = !trained;
-    if (state.layers.length && trials.length) ranksChart(charts.ranks, state.layers, trials);
+    if (layers.length && trials.length) ranksChart(charts.ranks, layers, trials);
     if (trained) curvesChart(charts.curves, job, detail);
-    drawTables(tables, state, events, files, base);
+    drawTables(tables, job, found, base);
+  };
+
+  // What the lists depend on: `version` counts every change of them but the claim of a trial.
+  const stamp = () => JSON.stringify([job.version, job.progress.running.map((r) => r.trial)]);
+  let seen = null;
+  const catchUp = async () => {
+    while (!signal.aborted && stamp() !== seen) {
+      const asked = stamp();
+      behind = await refresh(job);
+      if (signal.aborted) return;
+      if (!behind) seen = asked;
+      draw();
+      await sleep((document.hidden ? 10 : 2) + found.trials.length / 250);
+    }
+  };
+  let catching = null;
+  await follow(base, (fresh) => {
+    if (!job) cost.value = fresh.spec.minimize[0];
+    job = fresh;
+    drawHead(head, job, base, behind);
+    catching ??= catchUp().finally(() => { catching = null; });
   }, signal);
 }
 
-function drawHead(head, job, base) {
+/** What a job `found`, as of the last refresh(job), which returns why some of it keeps its old value ("": nothing does). */
+function listsOf(base) {
+  const found = { trials: [], front: { points: [] }, layers: { layers: [] }, events: [], files: [], detail: null };
+  let last = null; // the cursor after the last event seen
+  const events = async () => {
+    for await (const page of pages(`${base}/events`, last)) {
+      found.events = [...found.events, ...page.items].slice(-EVENTS_SHOWN);
+      last = page.last;
+    }
+    return found.events;
+  };
+  const refresh = async (job) => {
+    const asked = { trials: all(`${base}/trials`), front: get(`${base}/front`), layers: get(`${base}/layers`), events: events(),
+      files: all(`${base}/artifacts`), detail: job.best ? get(`${base}/trials/${job.best.trial}`) : null };
+    const replies = await Promise.allSettled(Object.entries(asked).map(async ([name, reply]) => { found[name] = await reply; }));
+    return replies.find((r) => r.status === "rejected")?.reason.message ?? "";
+  };
+  return { found, refresh };
+}
+
+function drawHead(head, job, base, behind) {
   const act = (action, body) => async (event) => {
     event.target.disabled = true;
     try { await post(`${base}/${action}`, body); toast(`Asked: ${action}.`); } catch (error) { toast(error.message); event.target.disabled = false; }
@@ -75,7 +112,8 @@ function drawHead(head, job, base) {
   head.replaceChildren(
     h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, job.name), badge(job.state)), h("div", { class: "row" }, buttons)),
     h("div", { class: "bar", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-valuemin": "0", "aria-valuemax": "100" }, h("i", { style: `width:${100 * done}%` })),
-    h("p", { class: "muted" }, [`${p.trials_done ?? 0} of ${p.trials_asked ?? "–"} trials`, running, !ENDED.includes(job.state) && job.eta_seconds != null ? `about ${duration(job.eta_seconds)} left` : ""].filter(Boolean).join(" · ")),
+    h("p", { class: "muted" }, [`${p.trials_done ?? 0} of ${p.trials_asked ?? "–"} trials`, running, !ENDED.includes(job.state) && job.eta_seconds != null ? `about ${duration(job.eta_seconds)} left` : "",
+      behind && `what follows may be old: ${behind}`].filter(Boolean).join(" · ")),
     job.reason ? h("div", { class: `notice ${job.state === "failed" ? "bad" : ""}`, role: "status" }, job.reason) : "",
     h("div", { class: "figures" },
       figure("Original", value(baseline?.value, metric), `${count(baseline?.costs.parameters)} parameters`),
@@ -86,11 +124,11 @@ function drawHead(head, job, base) {
       figure("Latency, measured", times(best?.costs.dense_latency_ms, best?.costs.latency_ms), best?.costs.latency_ms != null ? `${best.costs.latency_ms.toFixed(2)} ms` : "–")));
 }
 
-function drawTables(tables, state, events, files, base) {
-  const metric = state.job.baseline?.metric;
+function drawTables(tables, job, { trials, front, layers: { layers }, events, files }, base) {
+  const metric = job.baseline?.metric;
   const again = async (t) => { try { await post(`${base}/trials/${t.number}/export`); toast(`Trial ${t.number} will be exported.`); } catch (error) { toast(error.message); } };
-  const onFront = new Set(state.front.map((p) => p.trial));
-  tables.trials.replaceChildren(state.trials.length ? table([
+  const onFront = new Set(front.points.map((p) => p.trial));
+  tables.trials.replaceChildren(trials.length ? table([
     { name: "#", num: true, show: (t) => String(t.number) },
     { name: "Stage", num: true, show: (t) => String(t.stage) },
     { name: "Rung", show: (t) => t.rung },
@@ -101,9 +139,9 @@ function drawTables(tables, state, events, files, base) {
     { name: "MACs", num: true, show: (t) => count(t.result?.costs.macs) },
     { name: "Time", num: true, show: (t) => duration(t.result?.seconds) },
     { name: "Front", show: (t) => (onFront.has(t.number) ? "●" : "") },
-    { name: "", show: (t) => (ENDED.includes(state.job.state) && t.state === "done" ? h("button", { class: "quiet", onclick: () => again(t) }, "Export") : "") },
-  ], [...state.trials].reverse(), "Trials") : h("p", { class: "muted" }, "No trial yet."));
-  tables.layers.replaceChildren(state.layers.length ? table([
+    { name: "", show: (t) => (ENDED.includes(job.state) && t.state === "done" ? h("button", { class: "quiet", onclick: () => again(t) }, "Export") : "") },
+  ], [...trials].reverse(), "Trials") : h("p", { class: "muted" }, "No trial yet."));
+  tables.layers.replaceChildren(layers.length ? table([
     { name: "Layer", show: (l) => l.name },
     { name: "Kind", show: (l) => l.kind },
     { name: "Weight", show: (l) => l.weight.join("×") },
@@ -113,8 +151,8 @@ function drawTables(tables, state, events, files, base) {
     { name: "after", num: true, show: (l) => count(l.parameters_after ?? l.parameters) },
     { name: "MACs", num: true, show: (l) => count(l.macs) },
     { name: "after", num: true, show: (l) => count(l.macs_after ?? l.macs) },
-  ], state.layers, "Layers") : h("p", { class: "muted" }, "Known once the model is inspected."));
-  tables.events.replaceChildren(...events.slice(-200).reverse().map((e) => h("li", {}, h("time", {}, clock(e.at)), e.message)));
+  ], layers, "Layers") : h("p", { class: "muted" }, "Known once the model is inspected."));
+  tables.events.replaceChildren(...[...events].reverse().map((e) => h("li", {}, h("time", {}, clock(e.at)), e.message)));
   tables.files.replaceChildren(files.length ? table([
     { name: "File", show: (f) => h("button", { class: "quiet", onclick: () => download(f).catch((e) => toast(e.message)) }, f.filename) },
     { name: "Trial", num: true, show: (f) => String(f.trial) },

@@ -29,6 +29,10 @@ export async function newPage(main, signal) {
   const message = h("div", { role: "alert" });
   const bar = h("i");
   const button = h("button", { type: "submit" }, "Start the search");
+  const joints = h("div", { hidden: true }, h("div", { class: "fields" },
+    field("pck", "A joint is found within (share of the row's length, or of the side)", number("pck", { min: "0", step: "any", placeholder: "0.5, or 0.05 of the side" })),
+    field("mirror", "Joints that swap when mirrored, in pairs", h("input", { id: "mirror", placeholder: "2-5, 3-6, or none" })),
+    field("sigma", "Sigma of the heatmaps, in their pixels", number("sigma", { value: "1", min: "0", step: "any" }))));
   const form = h("form", { onsubmit: (event) => { event.preventDefault(); start(); } },
     h("h1", {}, "New job"),
     h("div", { class: "grid card" }, model.box, data.box),
@@ -40,16 +44,28 @@ export async function newPage(main, signal) {
     h("div", { class: "card" }, h("h2", {}, "How the data is read"),
       h("p", { class: "muted" }, "The network sees (x · scale − mean) / std. A wrong normalisation is the commonest first mistake: the job stops early if the original does badly."),
       h("div", { class: "fields" },
-        field("task", "Task", select("task", [["classification", "classification"], ["regression", "regression"], ["fidelity", "no labels: stay close to the original"]])),
+        field("task", "Task", select("task", [["classification", "classification"], ["regression", "regression"], ["segmentation", "segmentation"], ["keypoints", "keypoints"], ["fidelity", "no labels: stay close to the original"]])),
         field("scale", "Scale", number("scale", { value: "1", step: "any" })),
         field("mean", "Mean, per channel", h("input", { id: "mean", placeholder: "0.485, 0.456, 0.406" })),
         field("std", "Std, per channel", h("input", { id: "std", placeholder: "0.229, 0.224, 0.225" })),
         field("layout", "Layout", select("layout", [["as_is", "channels first"], ["nhwc", "channels last (nhwc)"]])),
-        field("augment", "Augmentation", select("augment", [["none", "none"], ["crop", "crop"], ["crop_flip", "crop and flip"]])))),
+        field("augment", "Augmentation", select("augment", [["none", "none"], ["crop", "crop"], ["crop_flip", "crop and flip"]]))),
+      joints),
     h("p", { class: "row" }, button), h("div", { class: "bar", hidden: true }, bar), message);
   main.replaceChildren(form);
 
   const at = (id) => form.querySelector(`#${id}`).value;
+  form.querySelector("#task").addEventListener("change", () => { joints.hidden = at("task") !== "keypoints"; });
+
+  /** What only keypoints ask for. An empty field is left to the service. */
+  function ofJoints() {
+    if (joints.hidden) return {};
+    const given = {};
+    if (at("pck")) given.pck_threshold = Number(at("pck"));
+    if (at("mirror").trim() === "none") given.mirror = [];
+    else if (at("mirror").trim()) given.mirror = at("mirror").split(",").map((pair) => pair.split("-").map(Number));
+    return given;
+  }
 
   function say(text, bad = false) {
     message.className = bad ? "notice bad" : "notice";
@@ -75,13 +91,13 @@ export async function newPage(main, signal) {
       say(`Uploading ${data.file().name}…`);
       const second = await upload(data.file(), sent(0.5));
       const m = await post("/v1/models", { upload: first.id, name: model.file().name });
-      const d = await post("/v1/datasets", { upload: second.id, name: data.file().name, task: at("task"), transform: {
+      const d = await post("/v1/datasets", { upload: second.id, name: data.file().name, task: at("task"), ...ofJoints(), transform: {
         scale: Number(at("scale")), mean: numbers(at("mean")), std: numbers(at("std")), layout: at("layout"), augment: at("augment") } });
       say("Reading the model and the data…");
       await Promise.all([ready(`/v1/models/${m.id}`, "model"), ready(`/v1/datasets/${d.id}`, "data")]);
       const job = await post("/v1/jobs", { model: m.id, dataset: d.id, name: model.file().name.replace(/\.\w+$/, ""),
         budget: { max_drop: Number(at("max-drop")) / 100 }, minimize: [at("minimize")],
-        search: { trials: Number(at("trials")) }, fine_tune: { epochs: Number(at("epochs")) } });
+        search: { trials: Number(at("trials")) }, fine_tune: { epochs: Number(at("epochs")), ...(joints.hidden ? {} : { heatmap_sigma: Number(at("sigma")) }) } });
       if (!signal.aborted) location.hash = `#/jobs/${job.id}`;
     } catch (error) {
       say(error.message, true);

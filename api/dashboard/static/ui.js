@@ -18,16 +18,19 @@ export const count = (n) => (n == null ? "–" : Math.round(n).toLocaleString("e
 
 export const times = (before, after) => (before && after ? `÷${(before / after).toFixed(2)}` : "–");
 
+/** Whether a metric is a share of 1, shown as percent. */
+export const isShare = (metric) => ["accuracy", "top5", "agreement", "miou", "pixel_accuracy", "pck"].includes(metric);
+
 /** A metric's value: fractions of one as percent. */
 export function value(v, metric) {
   if (v == null) return "–";
-  return ["accuracy", "top5", "agreement"].includes(metric) ? `${(100 * v).toFixed(2)} %` : v.toPrecision(4);
+  return isShare(metric) ? `${(100 * v).toFixed(2)} %` : v.toPrecision(4);
 }
 
 export function drop(v, metric) {
   if (v == null) return "–";
   const signed = v > 0 ? "−" : "+";
-  return ["accuracy", "top5", "agreement"].includes(metric)
+  return isShare(metric)
     ? `${signed}${Math.abs(100 * v).toFixed(2)} pt` : `${signed}${(100 * Math.abs(v)).toFixed(1)} %`;
 }
 

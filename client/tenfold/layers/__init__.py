@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from torch import nn
 
 from .base import FactorizedLayer
-from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .chains import (
+    InputLowRankConv,
+    InputLowRankConvTranspose,
+    LowRankConv,
+    LowRankConvTranspose,
+    LowRankEmbedding,
+    LowRankLinear,
+    SpatialSVDConv2d,
+    Tucker2Conv,
+    Tucker2ConvTranspose,
+)
+from .recurrent import LowRankGRU, LowRankLSTM
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .shuffled import (
@@ -26,7 +37,12 @@ __all__ = [
     "CP4Conv2d",
     "FactorizedLayer",
     "InputLowRankConv",
+    "InputLowRankConvTranspose",
     "LowRankConv",
+    "LowRankConvTranspose",
+    "LowRankEmbedding",
+    "LowRankGRU",
+    "LowRankLSTM",
     "LowRankLinear",
     "RTTConv",
     "ReshapedCPConv2d",
@@ -43,15 +59,22 @@ __all__ = [
     "TTConv2d",
     "TTLinear",
     "Tucker2Conv",
+    "Tucker2ConvTranspose",
     "factorized_like",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
     LowRankLinear,
+    LowRankEmbedding,
+    LowRankLSTM,
+    LowRankGRU,
     LowRankConv,
+    LowRankConvTranspose,
     InputLowRankConv,
+    InputLowRankConvTranspose,
     SpatialSVDConv2d,
     Tucker2Conv,
+    Tucker2ConvTranspose,
     CP3Conv,
     CP4Conv2d,
     TTConv2d,

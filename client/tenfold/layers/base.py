@@ -6,11 +6,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONVS", "Conv", "ConvChain", "FactorizedLayer", "PaddingMode", "fill_dense"]
+__all__ = [
+    "CONVS",
+    "TRANSPOSED",
+    "Conv",
+    "ConvChain",
+    "ConvTranspose",
+    "FactorizedLayer",
+    "PaddingMode",
+    "TransposedChain",
+    "fill_dense",
+]
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class FactorizedLayer(nn.Module):
@@ -60,7 +72,7 @@ class FactorizedLayer(nn.Module):
 class ConvChain(FactorizedLayer):
     """What the convolutional chains share: the dense layer's geometry, kept as plain Python values."""
 
-    replaces = CONVS
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = CONVS
     count: ClassVar[int | None] = 1
     """How many ranks there are; None where the channels decide, and the class checks."""
 
@@ -121,7 +133,7 @@ class ConvChain(FactorizedLayer):
 
     def _link(
         self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False, groups: int | None = None
-    ) -> Conv:
+    ) -> Any:
         """A convolution that acts along ``axes`` (None: pointwise) and carries the geometry of those axes only.
 
         ``groups``: the dense layer's, unless the link has its own.
@@ -147,7 +159,7 @@ class ConvChain(FactorizedLayer):
             **self._make,
         )
 
-    def dense(self) -> Conv:
+    def dense(self) -> nn.Module:
         w = self.dense_weight()
         bias = self.output_bias
         layer = CONVS[len(self.kernel_size) - 1](
@@ -170,8 +182,87 @@ class ConvChain(FactorizedLayer):
         """``(groups, out / groups, in / groups, *kernel)``."""
         return weight.reshape(self.groups, -1, *weight.shape[1:])
 
-    first: Conv
-    last: Conv
+    def _of_link(self, link: nn.Module) -> Tensor:
+        """A link's weight as ``(groups, out / groups, in / groups, *kernel)``."""
+        weight: Any = link.weight
+        return self._per_group(weight)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        """From ``(groups, out / groups, in / groups, *kernel)`` to the dense layer's own shape."""
+        return weight.flatten(0, 1)
+
+    first: Any
+    last: Any
+
+
+class TransposedChain(ConvChain):
+    """The chains of transposed convolutions: the link with the kernel is transposed, the others are pointwise."""
+
+    replaces = TRANSPOSED
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        output_padding: Sequence[int] | int = 0,
+        **geometry: Any,
+    ) -> None:
+        self.output_padding = _spread(output_padding, len(kernel_size))  # the links ask for it as they are made
+        super().__init__(in_channels, out_channels, kernel_size, ranks, **geometry)
+
+    @classmethod
+    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "TransposedChain":
+        if not isinstance(layer, TRANSPOSED):
+            raise ValueError(f"{cls.__name__} replaces a transposed convolution, got {type(layer).__name__}")
+        return cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            ranks,
+            output_padding=layer.output_padding,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
+
+    def _link(
+        self, c_in: int, c_out: int, axes: Sequence[int] | None, bias: bool = False, groups: int | None = None
+    ) -> Any:
+        if axes is None:
+            return super()._link(c_in, c_out, None, bias, groups)
+        return self._transposed(c_in, c_out, bias, **self._make)
+
+    def _transposed(self, c_in: int, c_out: int, bias: bool, **make: Any) -> ConvTranspose:
+        geometry: Any = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "output_padding": self.output_padding,
+            "dilation": self.dilation,
+        }
+        kind: Any = TRANSPOSED[len(self.kernel_size) - 1]
+        layer: ConvTranspose = kind(c_in, c_out, self.kernel_size, groups=self.groups, bias=bias, **geometry, **make)
+        return layer
+
+    def dense(self) -> nn.Module:
+        w, bias = self.dense_weight(), self.output_bias
+        layer = self._transposed(self.in_channels, self.out_channels, bias is not None, device=w.device, dtype=w.dtype)
+        fill_dense(layer, w, bias)
+        return layer
+
+    def _of_link(self, link: nn.Module) -> Tensor:
+        if isinstance(link, TRANSPOSED):  # whose weight is (in, out / groups, *kernel)
+            return self._per_group(link.weight).transpose(1, 2)
+        return super()._of_link(link)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2).flatten(0, 1)
 
 
 def _spread(value: Sequence[int] | int, dimensions: int) -> tuple[int, ...]:

@@ -5,6 +5,9 @@
     InputLowRankConv     first 1 x 1 (in -> r)      last k x k (r -> out, bias)
     SpatialSVDConv2d     first k x 1 (in -> r)      last 1 x k (r -> out, bias)
     Tucker2Conv          first 1 x 1 (in -> r1)     core k x k (r1 -> r2)     last 1 x 1 (r2 -> out, bias)
+    LowRankEmbedding     first look-up (n -> r)     last (r -> d)
+
+A transposed convolution has the same chains as a convolution, its k x k link transposed.
 
 Only the k x k link (or the two one-dimensional links, each along its own axis) carries stride, padding and dilation.
 With groups, every link has the same number of groups and ranks count *per group*.
@@ -15,9 +18,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import ConvChain, FactorizedLayer, fill_dense
+from .base import ConvChain, FactorizedLayer, TransposedChain, fill_dense
 
-__all__ = ["InputLowRankConv", "LowRankConv", "LowRankLinear", "SpatialSVDConv2d", "Tucker2Conv"]
+__all__ = [
+    "InputLowRankConv",
+    "InputLowRankConvTranspose",
+    "LowRankConv",
+    "LowRankConvTranspose",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "SpatialSVDConv2d",
+    "Tucker2Conv",
+    "Tucker2ConvTranspose",
+]
 
 
 class LowRankLinear(FactorizedLayer):
@@ -60,6 +73,68 @@ class LowRankLinear(FactorizedLayer):
         return layer
 
 
+class LowRankEmbedding(FactorizedLayer):
+    """``Embedding(n, d)`` as a look-up of ``rank`` numbers and a matrix to ``d``, for every token."""
+
+    method = "svd"
+    replaces = (nn.Embedding,)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((rank,))
+        self.first = nn.Embedding(
+            num_embeddings, rank, padding_idx, scale_grad_by_freq=scale_grad_by_freq, device=device, dtype=dtype
+        )
+        self.last = nn.Linear(rank, embedding_dim, bias=False, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "LowRankEmbedding":
+        if not isinstance(layer, nn.Embedding) or len(ranks) != 1:
+            raise ValueError(f"svd of an Embedding takes one rank, got {type(layer).__name__} and ranks {tuple(ranks)}")
+        if layer.max_norm is not None:
+            raise ValueError(
+                f"svd cannot keep an Embedding's max_norm, got max_norm={layer.max_norm}: train without it"
+            )
+        w = layer.weight
+        return cls(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            ranks[0],
+            layer.padding_idx,
+            layer.scale_grad_by_freq,
+            w.device,
+            w.dtype,
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(tokens))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        return self.first.weight @ self.last.weight.T
+
+    def dense(self) -> nn.Embedding:
+        w = self.dense_weight()
+        layer = nn.Embedding(
+            w.shape[0],
+            w.shape[1],
+            self.first.padding_idx,
+            scale_grad_by_freq=self.first.scale_grad_by_freq,
+            device=w.device,
+            dtype=w.dtype,
+        )
+        fill_dense(layer, w, None)
+        return layer
+
+
 class LowRankConv(ConvChain):
     """A k x k convolution to ``rank`` channels (per group), then a 1 x 1 back: the matrix ``out x (in k k)``."""
 
@@ -75,9 +150,9 @@ class LowRankConv(ConvChain):
         return y
 
     def dense_weight(self) -> Tensor:
-        u = self._per_group(self.last.weight).flatten(2)
-        v = self._per_group(self.first.weight)
-        return torch.einsum("gor,gr...->go...", u, v).flatten(0, 1)
+        u = self._of_link(self.last).flatten(2)
+        v = self._of_link(self.first)
+        return self._whole(torch.einsum("gor,gr...->go...", u, v))
 
 
 class InputLowRankConv(ConvChain):
@@ -95,9 +170,9 @@ class InputLowRankConv(ConvChain):
         return y
 
     def dense_weight(self) -> Tensor:
-        q = self._per_group(self.last.weight)
-        p = self._per_group(self.first.weight).flatten(2)
-        return torch.einsum("gor...,gri->goi...", q, p).flatten(0, 1)
+        q = self._of_link(self.last)
+        p = self._of_link(self.first).flatten(2)
+        return self._whole(torch.einsum("gor...,gri->goi...", q, p))
 
 
 class SpatialSVDConv2d(ConvChain):
@@ -116,9 +191,9 @@ class SpatialSVDConv2d(ConvChain):
         return y
 
     def dense_weight(self) -> Tensor:
-        q = self._per_group(self.last.weight).squeeze(3)
-        p = self._per_group(self.first.weight).squeeze(4)
-        return torch.einsum("gorw,grih->goihw", q, p).flatten(0, 1)
+        q = self._of_link(self.last).squeeze(3)
+        p = self._of_link(self.first).squeeze(4)
+        return self._whole(torch.einsum("gorw,grih->goihw", q, p))
 
 
 class Tucker2Conv(ConvChain):
@@ -138,7 +213,19 @@ class Tucker2Conv(ConvChain):
         return y
 
     def dense_weight(self) -> Tensor:
-        p = self._per_group(self.first.weight).flatten(2)
-        g = self._per_group(self.core.weight)
-        u = self._per_group(self.last.weight).flatten(2)
-        return torch.einsum("gob,gba...,gai->goi...", u, g, p).flatten(0, 1)
+        p = self._of_link(self.first).flatten(2)
+        g = self._of_link(self.core)
+        u = self._of_link(self.last).flatten(2)
+        return self._whole(torch.einsum("gob,gba...,gai->goi...", u, g, p))
+
+
+class LowRankConvTranspose(TransposedChain, LowRankConv):
+    """A transposed k x k convolution to ``rank`` channels (per group), then a 1 x 1 back."""
+
+
+class InputLowRankConvTranspose(TransposedChain, InputLowRankConv):
+    """A 1 x 1 to ``rank`` channels (per group), then the transposed k x k."""
+
+
+class Tucker2ConvTranspose(TransposedChain, Tucker2Conv):
+    """1 x 1 to ``ranks[0]`` channels, a transposed k x k to ``ranks[1]``, 1 x 1 back (all per group)."""

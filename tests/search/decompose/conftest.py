@@ -10,8 +10,11 @@ from search.calibrate import Statistics, collect
 
 
 def smooth_input(layer: nn.Module, samples: int = 48, seed: int = 0) -> Tensor:
-    """Inputs whose channels and neighbours are correlated, with a mean that is not zero."""
+    """Inputs whose channels and neighbours are correlated, with a mean that is not zero; tokens, few of them often."""
     g = torch.Generator().manual_seed(seed)
+    if isinstance(layer, nn.Embedding):
+        shares = 1 / torch.arange(1.0, layer.num_embeddings + 1)
+        return torch.multinomial(shares, samples * 1024, replacement=True, generator=g)
     if isinstance(layer, nn.Linear):
         mixing = torch.randn(layer.in_features, layer.in_features, generator=g)
         mixing = mixing * torch.linspace(1, 0.05, layer.in_features)

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,37 @@ from torch import nn
 from search.decompose import METHODS
 
 from .conftest import smooth_input
-from .contract import Contract, StatisticsOf, conv_layers
+from .contract import Contract, StatisticsOf, conv_layers, transposed_layers
+
+
+class TestSVDOfTransposed(Contract):
+    method = "svd"
+    layers = transposed_layers()
+
+    @staticmethod
+    def full(layer: nn.Module) -> tuple[int, ...]:
+        return (layer.out_channels // layer.groups,)
+
+
+class TestSVDOfEmbedding(Contract):
+    method = "svd"
+    layers: ClassVar = {
+        "tall": lambda: nn.Embedding(60, 12),
+        "wide": lambda: nn.Embedding(14, 20),
+        "padded": lambda: nn.Embedding(40, 12, padding_idx=0),
+    }
+
+    @staticmethod
+    def full(layer: nn.Module) -> tuple[int, ...]:
+        return (min(layer.weight.shape),)
+
+    def test_its_stated_error_is_the_error_of_its_outputs(self, name: str, statistics_of: StatisticsOf) -> None:
+        """With no bias to take up the mean, an error of the mean is an error."""
+        layer = self.layers[name]()
+        x = smooth_input(layer)
+        fit = self.m.factorize(layer, self.middle(layer), statistics_of(layer, x))
+        y, z = layer(x).detach(), fit.module(x).detach()
+        assert fit.error == pytest.approx(float((y - z).square().sum() / (y - y.mean(0)).square().sum()), rel=4e-3)
 
 
 class TestSVD(Contract):
@@ -72,3 +104,29 @@ def test_other_layers_are_refused_with_the_reason(name: str) -> None:
     reason = METHODS[name].applies_to(nn.LayerNorm(8))
     assert reason is not None
     assert "LayerNorm" in reason
+
+
+def test_an_embeddings_factors_are_numpys_for_rows_weighed_by_their_frequency(statistics_of: StatisticsOf) -> None:
+    torch.manual_seed(0)
+    layer = nn.Embedding(30, 10)
+    tokens = smooth_input(layer)
+    fit = METHODS["svd"].factorize(layer, (4,), statistics_of(layer, tokens))
+    w = layer.weight.detach().double().numpy()
+    root = np.sqrt(np.bincount(tokens.numpy(), minlength=30) + 0.5)[:, None]
+    u, s, v = np.linalg.svd(root * w, full_matrices=False)
+    np.testing.assert_allclose(fit.module.dense_weight().detach().numpy(), (u[:, :4] * s[:4]) @ v[:4] / root, atol=1e-5)
+    spread = (root * (w - (root**2 * w).sum(0) / (root**2).sum())) ** 2
+    assert fit.error == pytest.approx((s[4:] ** 2).sum() / spread.sum(), rel=1e-6)
+
+
+def test_the_row_of_a_padding_token_stays_zero_and_untrained() -> None:
+    layer = nn.Embedding(30, 10, padding_idx=3)
+    module = METHODS["svd"].factorize(layer, (4,)).module
+    assert module.first.padding_idx == 3
+    assert not module(torch.tensor([3])).any()
+    module(torch.tensor([3, 4])).sum().backward()
+    assert not module.first.weight.grad[3].any()
+
+
+def test_rows_that_are_cut_as_they_are_looked_up_cannot_be_factors() -> None:
+    assert "max_norm" in METHODS["svd"].applies_to(nn.Embedding(30, 10, max_norm=1.0))

@@ -7,7 +7,7 @@ from torch import nn
 
 from search.decompose import METHODS
 
-from .contract import Contract, conv_layers
+from .contract import Contract, conv_layers, transposed_layers
 
 
 class TestTucker2(Contract):
@@ -22,9 +22,20 @@ class TestTucker2(Contract):
         return layer.in_channels // layer.groups, layer.out_channels // layer.groups
 
 
+class TestTucker2OfTransposed(TestTucker2):
+    layers = transposed_layers()
+
+
 class TestSVDInput(Contract):
     method = "svd_input"
-    layers = conv_layers()
+    layers = (
+        conv_layers()
+        | transposed_layers()
+        | {
+            "conv1d": lambda: nn.Conv1d(12, 10, 5, padding=2, stride=2),
+            "conv3d": lambda: nn.Conv3d(8, 10, 3, padding=1),
+        }
+    )
 
     @staticmethod
     def full(layer: nn.Module) -> tuple[int, ...]:
