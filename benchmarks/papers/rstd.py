@@ -20,7 +20,7 @@ from search.decompose import METHODS
 from tenfold.layers import factorized_like
 from tenfold.layers.shuffled import Shuffled
 
-TRAIN, TEST = 2000, 2000
+TRAIN, TEST = 3000, 2000
 EPOCHS = 3.0
 BATCH = 100
 LEARNING_RATE = 3e-3
@@ -182,24 +182,18 @@ def _network(seed: int, form: str, ratio: int | None) -> nn.Sequential:
 
 
 def _compressed(layer: nn.Module, form: str, ratio: int, seed: int) -> nn.Module:
-    """An untrained layer of the largest ranks that keep at most 1 / ratio of the parameters, or else of the least."""
+    """An untrained layer of the largest equal ranks that keep at most 1 / ratio of the parameters, or of the least."""
     name = "tucker2" if form == "tucker2" else "shuffled_tt"
     method, budget = METHODS[name], sum(p.numel() for p in layer.parameters()) / ratio
-    sizes = {ranks: method.cost(layer, ranks, 1)[0] for ranks in method.ranks(layer)}
-    if name == "tucker2":  # both ranks alike, so that the lattice has one way up
-        sizes = {r: size for r, size in sizes.items() if abs(r[0] / r[1] - _aspect(layer)) < 0.35} or sizes
-    ranks = max(sizes, key=lambda r: (sizes[r] <= budget, sizes[r] if sizes[r] <= budget else -sizes[r]))
+    most = [max(ranks) for ranks in zip(*method.ranks(layer), strict=True)]
+    every = [tuple(min(rank, m) for m in most) for rank in range(1, max(most) + 1)]
+    ranks = max(every, key=lambda r: (size := method.cost(layer, r, 1)[0]) * (1 if size <= budget else -1))
     new = factorized_like(layer, name, ranks)
     if isinstance(new, Shuffled):
         new.reseed(seed)
         if form == "tensor train":
             new.amounts.zero_()  # rotations by nothing: the kernel in its own order
     return new
-
-
-def _aspect(layer: nn.Module) -> float:
-    weight = layer.get_parameter("weight")
-    return weight.shape[1] / weight.shape[0]
 
 
 def _convolutions(network: nn.Sequential) -> list[nn.Module]:

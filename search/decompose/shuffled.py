@@ -293,7 +293,8 @@ class _Task:
 
         def gather(vector: Tensor) -> Tensor:
             # Linear in the core: the derivative anywhere is the adjoint.
-            return torch.autograd.grad(tensor, core, vector, retain_graph=True)[0]
+            adjoint: Tensor = torch.autograd.grad(tensor, core, vector, retain_graph=True)[0]
+            return adjoint
 
         core_now, residual = core.detach(), gather(pull)
         direction, rho = residual, float(residual.square().sum())
@@ -318,7 +319,7 @@ def _unfolding(tensor: Tensor, k: int) -> Tensor:
 
 def _leading(matrix: Tensor) -> Tensor:
     """All left singular vectors, largest first."""
-    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
     return vectors.flip(1)
 
 

@@ -50,7 +50,7 @@ def shuffle(vector: Tensor, amounts: Tensor) -> Tensor:
     """``P vector``, for ``vector``: (N,)."""
     rows, columns = balanced(len(vector), 2)
     grid = vector.reshape(rows, columns)
-    for both in torch.split(amounts.long(), rows + columns):
+    for both in amounts.long().chunk(ROUNDS):
         grid = _rotate_columns(_rotate_rows(grid, both[:rows]), both[rows:])
     return grid.flatten()
 
@@ -59,7 +59,7 @@ def unshuffle(vector: Tensor, amounts: Tensor) -> Tensor:
     """``P^-1 vector``, for ``vector``: (N,)."""
     rows, columns = balanced(len(vector), 2)
     grid = vector.reshape(rows, columns)
-    for both in reversed(torch.split(amounts.long(), rows + columns)):
+    for both in reversed(amounts.long().chunk(ROUNDS)):
         grid = _rotate_rows(_rotate_columns(grid, -both[rows:]), -both[:rows])
     return grid.flatten()
 
