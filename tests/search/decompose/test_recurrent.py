@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 from search import cost
 from search.calibrate import collect
 from search.decompose import METHODS
+from search.export import write_onnx
 from search.intake.modules import FlatGRU, FlatLSTM
 from search.recurrent import named_matrices, operands
+from tenfold.exporting import export
 from tenfold.layers import FactorizedLayer, factorized_like, recurrent
 
 SVD = METHODS["svd"]
@@ -176,11 +180,25 @@ def test_it_trains_and_reloads(layer: nn.RNNBase, way: str) -> None:
     assert torch.equal(again(x)[0], module(x)[0])
 
 
-def test_it_exports_without_our_classes(way: str) -> None:
-    gru = LAYERS["two layers"]().eval()
-    module, x = SVD.factorize(gru, SVD.ranks(gru)[20], None).module, sequences(gru, 2)
-    program = torch.export.export(module, (x,))
-    torch.testing.assert_close(program.module()(x)[0], module(x)[0], rtol=1e-4, atol=1e-5)
+class Outputs(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def test_it_exports_without_our_classes(way: str, tmp_path: Path) -> None:
+    gru = LAYERS["gru"]().eval()
+    network = Outputs(SVD.factorize(gru, (3, 4), None).module).eval()
+    x = sequences(gru, 3).detach()
+    graph = export(network, x, tmp_path / "gru.pt2")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(graph).module()(x), network(x), rtol=1e-4, atol=1e-5)
+        session = onnxruntime.InferenceSession(write_onnx(graph, ["x"], tmp_path / "gru.onnx"))
+        found = session.run(None, {"x": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), network(x), rtol=1e-4, atol=1e-5)
 
 
 def test_it_follows_the_layers_precision(layer: nn.RNNBase) -> None:
