@@ -83,7 +83,7 @@ def _keypoints(y: Tensor, teacher: Tensor, labels: Tensor | None, recipe: FineTu
     if labels is None:
         return soft
     counts = labels[..., 2, None, None]
-    drawn = gaussians(labels, *y.shape[2:], recipe.heatmap_sigma) * counts
+    drawn = gaussians(labels, y.shape[2], y.shape[3], recipe.heatmap_sigma) * counts
     height = ((teacher * drawn).sum() / drawn.square().sum().clamp_min(1e-12)).clamp_min(0)
     wrong = ((y - height * drawn).square() * counts).sum() / (counts.sum() * y[0, 0].numel()).clamp_min(1)
     return (1 - recipe.distill) * wrong + recipe.distill * soft

@@ -44,4 +44,5 @@ def distances(maps: Tensor, joints: Tensor) -> Tensor:
     """``(n, joints)``: from each heatmap's peak to its joint, as a fraction of the heatmap's longer side."""
     height, width = maps.shape[-2:]
     cells = joints[..., :2] * joints.new_tensor([width, height]) - 0.5
-    return (peaks(maps) - cells).norm(dim=-1) / max(height, width)
+    far: Tensor = torch.linalg.vector_norm(peaks(maps) - cells, dim=-1)
+    return far / max(height, width)

@@ -21,7 +21,7 @@ def checked_maps(name: str, target: Array) -> Array:
             "labels_shape", f"y of the {name} split has shape {target.shape}, not (rows, height, width); {advice}."
         )
     for start, block in in_blocks(target):
-        wrong = (block < 0) | (block > IGNORED_CLASS)
+        wrong = np.less(block, 0) | np.greater(block, IGNORED_CLASS)
         if block.dtype.kind == "f":
             wrong |= block != np.trunc(block)
         if wrong.any():

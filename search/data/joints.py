@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from search.data.raw import Array, Raw, Rows
+from search.data.raw import Raw, Rows
 from search.data.transform import Moves
 from search.errors import BadData
 from search.spec import DataSpec
 
 __all__ = ["checked_joints", "moved_joints", "placed"]
+
+Floats = NDArray[np.float32]
 
 LENGTH_SHARE, SIDE_SHARE = 0.5, 0.05
 """What counts as found: PCKh's half of the row's length, or so much of the image's longer side."""
@@ -40,7 +43,7 @@ def checked_joints(name: str, rows: Rows) -> Rows:
             f"{name} y holds NaN or infinity, first in row {row}; give a joint that is not there a third number, 0.",
         )
     if lengths is not None:
-        if lengths.size != len(target) or not (np.isfinite(lengths).all() and (lengths > 0).all()):
+        if lengths.size != len(target) or not (np.isfinite(lengths).all() and np.greater(lengths, 0).all()):
             raise BadData(
                 "keypoints_length",
                 f"length of the {name} split has shape {lengths.shape} for {len(target)} rows, its smallest is "
@@ -61,9 +64,10 @@ def placed(raw: Raw, spec: DataSpec, image: tuple[int, ...]) -> Raw:
     for name, rows in raw.splits.items():
         assert rows.target is not None  # noqa: S101 -- checked
         _check_mirror(spec, rows.target.shape[1])
-        target = _fractions(rows.target, image)
-        labelled, counts = int((rows.target[..., 2] > 0).sum()), int(target[..., 2].sum())
-        _check_places(name, rows.target, labelled, counts, image)
+        joints = rows.target.astype(np.float32)
+        target = _fractions(joints, image)
+        labelled, counts = int((joints[..., 2] > 0).sum()), int(target[..., 2].sum())
+        _check_places(name, joints, labelled, counts, image)
         if counts < labelled:
             notes.append(f"{labelled - counts} of {labelled} {name} joints lie outside their image and do not count")
         target[..., 3] = _tolerance(rows, spec, max(image[1:]))[:, None]
@@ -90,7 +94,7 @@ def moved_joints(
     return joints
 
 
-def _fractions(joints: Array, image: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _fractions(joints: Floats, image: tuple[int, ...]) -> Floats:
     """x and y as fractions of the width and height, whether the joint counts, and room for its tolerance."""
     height, width = image[1:]
     out = np.zeros((*joints.shape[:2], 4), np.float32)
@@ -99,13 +103,13 @@ def _fractions(joints: Array, image: tuple[int, ...]) -> np.ndarray[tuple[int, .
     return out
 
 
-def _tolerance(rows: Rows, spec: DataSpec, side: int) -> Array:
+def _tolerance(rows: Rows, spec: DataSpec, side: int) -> Floats:
     """(rows,) how far from its place a joint counts as found, as a fraction of the image's longer side."""
     if rows.length is None:
         share = SIDE_SHARE if spec.pck_threshold is None else spec.pck_threshold
         return np.full(len(next(iter(rows.inputs.values()))), share, np.float32)
     share = LENGTH_SHARE if spec.pck_threshold is None else spec.pck_threshold
-    return (share * rows.length / side).astype(np.float32)
+    return rows.length.astype(np.float32) * np.float32(share / side)
 
 
 def _check_mirror(spec: DataSpec, joints: int) -> None:
@@ -117,7 +121,7 @@ def _check_mirror(spec: DataSpec, joints: int) -> None:
         )
 
 
-def _check_places(name: str, joints: Array, labelled: int, counts: int, image: tuple[int, ...]) -> None:
+def _check_places(name: str, joints: Floats, labelled: int, counts: int, image: tuple[int, ...]) -> None:
     size = f"{image[1]}×{image[2]} (height×width)"
     if labelled == 0:
         raise BadData("nothing_counts", f"no joint of the {name} split is labelled: the third number of each is 0.")
