@@ -172,7 +172,7 @@ class _Sequential:
             self.start = groups["start"]
         else:
             self.precision = self.runtime.precision or choose(
-                lambda m, xs: forward(m, xs), self.module, self.original, first, self.total
+                lambda m, xs: forward(m, xs, answer=self.runtime.answer), self.module, self.original, first, self.total
             )
             self.state = _State(self._evaluate()[1])
             if self.total >= REBUILDING_STEPS:
@@ -191,7 +191,7 @@ class _Sequential:
     def _whole(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         inputs = tuple(self.precision.arrange(x) for x in inputs)
         with self.precision.autocast(inputs):
-            return forward(network, inputs)
+            return forward(network, inputs, answer=self.runtime.answer)
 
     def _enter(self, at: int) -> None:
         """Make ready to train block ``at``: from its first step on, or from where the checkpoint was saved."""

@@ -268,8 +268,8 @@ def test_a_fixed_batch_size_is_kept_to_by_data_that_is_shorter(
     sizes: set[int] = set()
     inner = sequential.blocks
 
-    def watched(network: fx.GraphModule, ends: tuple[str, ...]) -> object:
-        found = inner(network, ends)
+    def watched(network: fx.GraphModule, *arguments: object) -> object:
+        found = inner(network, *arguments)
         found[0].module.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
         return found
 
