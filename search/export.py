@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from search import report
 from search.metrics import Samples, forward
 from search.spec import ExportFormat, Metric, Plan, TensorInfo
+from search.surgery import named_sites
 from tenfold import exporting
 from tenfold.applying import apply
+from tenfold.layers import JointLayer
 
 __all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx", "write_pt2"]
 
@@ -70,8 +72,17 @@ def export_all(
 
 
 def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
-    """All tensors of ``module`` by name, with the plan in the header. Tied tensors are stored under each name."""
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in module.state_dict().items()}
+    """All tensors of ``module`` by name, with the plan in the header.
+
+    What the layers of a joint site share is stored once, under the first one's name: the plan tells who shares it.
+    Other tied tensors are stored under each name, for a user's own network may not tie them.
+    """
+    again = _shared_before(module)
+    tensors = {
+        name: t.detach().to("cpu", copy=True).contiguous()
+        for name, t in module.state_dict().items()
+        if not name.startswith(again)
+    }
     # One key only: safetensors writes several in random order, and equal networks should be equal files.
     save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan))})
     return path
@@ -168,6 +179,18 @@ def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: S
     if not gap <= 1e-4:
         raise RuntimeError(f"model.safetensors and plan.json give a network whose answers differ by {gap}")
     return [weights, recipe]
+
+
+def _shared_before(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes under which factors appear that an earlier layer has too."""
+    seen: set[nn.Module] = set()
+    again = []
+    for name, layer in named_sites(module):
+        if isinstance(layer, JointLayer):
+            if layer.shared in seen:
+                again.append(f"{name}.shared.")
+            seen.add(layer.shared)
+    return tuple(again)
 
 
 def _strip(graph: Any) -> None:

@@ -1,8 +1,12 @@
-"""The decompositions, one file each, behind one small interface (``base.Method``)."""
+"""The decompositions, one file each, behind one small interface (``base.Method``; of several layers together,
+``joint.JointMethod``)."""
 
 from search.decompose.base import Fit, Method
 from search.decompose.cp3 import CP3
 from search.decompose.cp4 import CP4
+from search.decompose.joint import Group, JointFit, JointMethod, group_of
+from search.decompose.joint_mps import JointMPS
+from search.decompose.joint_tucker import JointTucker
 from search.decompose.r_cp import RCP
 from search.decompose.r_tt import RTT
 from search.decompose.r_tucker import RTucker
@@ -12,7 +16,7 @@ from search.decompose.tt import TT
 from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 
-__all__ = ["METHODS", "Fit", "Method"]
+__all__ = ["JOINT_METHODS", "METHODS", "Fit", "Group", "JointFit", "JointMethod", "Method", "group_of"]
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -21,4 +25,7 @@ METHODS: dict[str, Method] = {
         *(TTMatrix(), RTT(), RCP(), RTucker()),
     )
 }
-"""Every method by its name: what ``methods: "auto"`` may mix."""
+"""Every method of one layer by its name: what ``methods: "auto"`` may mix."""
+
+JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), JointMPS())}
+"""Every method of several layers by its name; ``auto`` mixes these too."""

@@ -1,5 +1,6 @@
 """The factorized layers: plain modules that train, export and load like any other. Each stands for one dense layer
-exactly. Where a method takes both Linear and convolutions, it has a class for each.
+exactly. Where a method takes both Linear and convolutions, it has a class for each. ``LAYERS`` are those that stand
+alone; ``joint_like`` makes several that share factors.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from torch import nn
 
 from .base import FactorizedLayer
 from .chains import InputLowRankConv, LowRankConv, LowRankLinear, SpatialSVDConv2d, Tucker2Conv
+from .joint import JointLayer, JointMPS, JointTucker, joint_like
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .tensor_train import RTTConv, TTLinear
@@ -18,6 +20,9 @@ __all__ = [
     "CP4Conv2d",
     "FactorizedLayer",
     "InputLowRankConv",
+    "JointLayer",
+    "JointMPS",
+    "JointTucker",
     "LowRankConv",
     "LowRankLinear",
     "RTTConv",
@@ -30,6 +35,7 @@ __all__ = [
     "TTLinear",
     "Tucker2Conv",
     "factorized_like",
+    "joint_like",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
