@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,6 +118,7 @@ def write_onnx(graph: Path, names: Sequence[str], path: Path) -> Path:
             verbose=False,
         )
     model = onnx.load(path)
+    _merge_equal(model.graph)
     _strip(model.graph)
     for function in model.functions:
         _strip(function)
@@ -191,6 +193,20 @@ def _shared_before(module: nn.Module) -> tuple[str, ...]:
                 again.append(f"{name}.shared.")
             seen.add(layer.shared)
     return tuple(again)
+
+
+def _merge_equal(graph: Any) -> None:
+    """Keep one of tensors that are equal: the exporter gives each layer its own copy of what they share, reshaped."""
+    first: dict[tuple[Any, ...], str] = {}
+    renamed: dict[str, str] = {}
+    for tensor in graph.initializer:
+        key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        renamed[tensor.name] = first.setdefault(key, tensor.name)
+    kept = [tensor for tensor in graph.initializer if renamed[tensor.name] == tensor.name]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
 def _strip(graph: Any) -> None:

@@ -22,6 +22,7 @@ from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 from search.vbmf import evbmf_rank
+from tenfold.layers import joint_like
 from tenfold.layers.reshaped import balanced
 
 __all__ = ["measure_sites", "methods_of"]
@@ -396,6 +397,7 @@ def _check_fixed_group(site: str, chosen: SitePlan, network: nn.Module) -> None:
         raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
     none = [0] * len(group.layers)
     try:
+        joint_like(dict(zip(group.names, group.layers, strict=True)), method, chosen.ranks, chosen.members)
         smaller = JOINT_METHODS[method].cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
         problem = "" if smaller else "these would not make the layers smaller"
     except ValueError as error:
