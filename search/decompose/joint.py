@@ -217,9 +217,9 @@ class Pool:
     ) -> None:
         self.out, self.in_, self.taps = group.shape
         count = len(group.layers)
+        known: Sequence[Statistics | None] = statistics or [None] * count
         parts = [
-            problems(layer, s, m)[0]
-            for layer, s, m in zip(group.layers, statistics or [None] * count, metrics or [None] * count, strict=True)
+            problems(layer, s, m)[0] for layer, s, m in zip(group.layers, known, metrics or [None] * count, strict=True)
         ]
         parts = [replace(p, rows=p.rows / math.sqrt(p.energy), floor=p.floor / p.energy, energy=1.0) for p in parts]
         a, t = self.in_, self.taps
@@ -306,7 +306,8 @@ class Pool:
         size = grams.shape[1]
         step = max(1, ROW_BYTES // (8 * size * size))
         solved = []
-        for rows, weights in zip(right.split(step), self.weights.split(step, dim=1), strict=True):
+        for begin in range(0, self.out, step):
+            rows, weights = right[begin : begin + step], self.weights[:, begin : begin + step]
             left = torch.einsum("mo,mst->ost", weights, grams)
             left += SMALL * left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(size, dtype=left.dtype)
             solved.append(torch.linalg.solve(left, rows[:, :, None])[:, :, 0])
@@ -387,13 +388,20 @@ def own_core(gram: Tensor, second: Tensor, cross: Tensor) -> Tensor:
 
 
 def factor(matrix: Tensor) -> Tensor:
-    """Cholesky, with the jitter that a nearly singular matrix needs."""
+    """Cholesky, with the jitter that a nearly singular matrix needs.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not finite, or not nearly positive.
+    """
     scale = float(matrix.diagonal().mean().clamp_min(1e-300))
     jitter, eye = SMALL * scale, torch.eye(len(matrix), dtype=matrix.dtype)
+    found: Tensor
     while True:
         found, info = torch.linalg.cholesky_ex(matrix + jitter * eye)
-        if not int(info) or jitter > scale:
+        if not int(info):
             return found
+        if jitter > scale:  # not a matter of rounding: let it raise
+            return torch.linalg.cholesky(matrix)  # type: ignore[no-any-return]
         jitter *= 100
 
 
@@ -445,7 +453,7 @@ def built(
 
 def _norms(value: Tensor, axis: int) -> Tensor:
     """Of the slices along an axis."""
-    return value.movedim(axis, 0).flatten(1).norm(dim=1)
+    return value.movedim(axis, 0).flatten(1).square().sum(1).sqrt()
 
 
 def _ratio(before: Tensor, after: Tensor) -> Tensor:
@@ -464,7 +472,7 @@ def joint_cost(
     *_, low, high = ranks
     parameters = shared[0] + sum(bias_parameters(layer) for layer in group.layers)
     macs = 0
-    sizes = input_sizes or [None] * len(group.layers)
+    sizes: Sequence[Sequence[int] | None] = input_sizes or [None] * len(group.layers)
     for layer, positions, size in zip(group.layers, output_positions, sizes, strict=True):
         before = input_positions(layer, positions, size or None)
         macs += low * in_ * before + (low * taps * high + high * out) * positions + shared[1]

@@ -121,7 +121,8 @@ class TuckerFactors(SharedFactors):
         return [(size, r) for size, r in zip(self.grid, self.ranks, strict=False) if r < size]
 
     def links(self, at: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        modes, core = iter(self.modes), self.core
+        modes = iter(self.modes)
+        core: Tensor = self.core
         for i, size, r in zip(at, self.grid, self.ranks, strict=False):
             rest = core.reshape(r, -1)
             core = rest[i] if r == size else torch.matmul(next(modes)[i : i + 1], rest)
@@ -157,9 +158,10 @@ class MPSFactors(SharedFactors):
             index = index * size + i
         if self.is_whole:
             return self.first[index], self._shaped(self.core), self.last
-        row: Tensor | None = None
-        for i, mode in zip(at[self._whole :], self.modes, strict=True):
-            row = mode[index : index + 1, i] if row is None else torch.matmul(row, mode[:, i])
+        (i, *others), (mode, *modes) = at[self._whole :], self.modes
+        row = mode[index : index + 1, i]
+        for i, mode in zip(others, modes, strict=True):
+            row = torch.matmul(row, mode[:, i])
         first = torch.matmul(row, self.first.flatten(1)).reshape(self.first.shape[1:])
         return first, self._shaped(self.core), self.last
 
@@ -211,12 +213,8 @@ class JointLayer(FactorizedLayer):
             layer = nn.Linear(self.in_channels, self.out_channels, **make)
         else:
             make |= {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-            layer = CONVS[len(self.kernel_size) - 1](
-                self.in_channels,
-                self.out_channels,
-                self.kernel_size,
-                **make,  # type: ignore[arg-type]
-            )
+            kind: Any = CONVS[len(self.kernel_size) - 1]
+            layer = kind(self.in_channels, self.out_channels, self.kernel_size, **make)
         fill_dense(layer, w, self.bias)
         return layer
 
