@@ -99,6 +99,16 @@ def test_a_rejected_model_is_refused_with_its_reason(service):
         ({"export": []}, "invalid_request", "at least one"),
         ({"layers": {"fixed": {"fc": {"method": "svd", "ranks": [0]}}}}, "invalid_request", "ranks"),
         ({"layers": {"fixed": {"fc": {"method": "qr", "ranks": [1]}}}}, "unknown_method", "qr"),
+        (
+            {
+                "layers": {
+                    "fixed": {"two": {"method": "joint_mps", "ranks": [2, 1, 1], "members": {"a": [0], "b": [2]}}}
+                }
+            },
+            "invalid_request",
+            "fill a grid",
+        ),
+        ({"layers": {"groups": {"two": []}}}, "invalid_request", "layers.groups"),
         ({"colour": "red"}, "unknown_field", "'red' arrived"),
         ({"search": {"trials": 0}}, "invalid_request", "search.trials"),
     ],
