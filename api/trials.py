@@ -29,7 +29,7 @@ from db import events, jobs, models, trials
 from db.engine import Database
 from db.tables import Event
 from search.front import front
-from search.spec import Cost, JobSpec, LayerInfo, Profile, TrialRecord
+from search.spec import Cost, JobSpec, LayerInfo, Profile, SitePlan, TrialRecord, entry_of
 
 __all__ = ["router"]
 
@@ -61,6 +61,7 @@ class LayerView(BaseModel):
     method: str | None = Field(description="What replaces it; null: it stays as it is.")
     ranks: tuple[int, ...]
     options: dict[str, str | int | float | bool]
+    together: tuple[str, ...] = Field(description="The layers that share its factors, itself among them.")
     parameters_after: int | None
     macs_after: int | None
     error: float | None = Field(description="Predicted relative output error of the replacement.")
@@ -103,10 +104,8 @@ def _front(s: Session, owner: str, job_id: str, costs: Sequence[Cost]) -> FrontV
 
 def _layer(info: LayerInfo, profile: Profile | None, trial: TrialRecord | None) -> LayerView:
     site = next((site for site in profile.sites if site.site == info.name), None) if profile else None
-    plan = trial.plan.get(info.name) if trial else None
-    point = None
-    if site is not None and plan is not None:
-        point = next((point for point in site.curves.get(plan.method, ()) if point.ranks == plan.ranks), None)
+    plan = entry_of(trial.plan, info.name) if trial else None
+    after = _after(info.name, plan, profile) if plan and profile else None
     stays = trial is not None and plan is None
     return LayerView(
         name=info.name,
@@ -120,10 +119,28 @@ def _layer(info: LayerInfo, profile: Profile | None, trial: TrialRecord | None) 
         method=plan.method if plan else None,
         ranks=plan.ranks if plan else (),
         options=plan.options if plan else {},
-        parameters_after=point.parameters if point else info.parameters if stays else None,
-        macs_after=point.macs if point else info.macs if stays else None,
-        error=point.error if point else 0.0 if stays else None,
+        together=tuple(plan.members) if plan else (),
+        parameters_after=after[0] if after else info.parameters if stays else None,
+        macs_after=after[1] if after else info.macs if stays else None,
+        error=after[2] if after else 0.0 if stays else None,
     )
+
+
+def _after(layer: str, plan: SitePlan, profile: Profile) -> tuple[int, int, float] | None:
+    """Parameters, MACs and error of a replaced layer; of what several share, each has an equal part (the first the
+    remainder)."""
+    for site in (*profile.sites, *profile.groups):
+        if site.members.keys() != plan.members.keys() or not (site.site == layer or layer in site.members):
+            continue
+        point = next((point for point in site.curves.get(plan.method, ()) if point.ranks == plan.ranks), None)
+        if point is None or not site.members:
+            return None if point is None else (point.parameters, point.macs, point.error)
+        position, count = list(site.members).index(layer), len(site.members)
+        parameters, macs = (
+            total // count + (total % count if position == 0 else 0) for total in (point.parameters, point.macs)
+        )
+        return parameters, macs, point.errors[position]
+    return None
 
 
 def _layers(s: Session, owner: str, job_id: str, number: int | None) -> LayersView:

@@ -81,6 +81,7 @@ def row(session: Session, profile: Profile, ratio: float, seed: int, out: Path) 
     plan = allocate(
         profile.sites,
         1 / ratio,
+        groups=profile.groups,
         cost={Cost.PARAMETERS: 1.0},
         fixed_parameters=profile.costs.parameters - sum(s.dense_parameters for s in profile.sites),
         fixed_macs=profile.costs.macs - sum(s.dense_macs for s in profile.sites),
@@ -90,7 +91,7 @@ def row(session: Session, profile: Profile, ratio: float, seed: int, out: Path) 
     network, _ = read_weights(session.bench.original, out / "weights.safetensors")
     began = time.perf_counter()
     test = session.bench.verify(network)
-    methods = [entry.method for entry in plan.values()]
+    methods = [entry.method for entry in plan.values() for _ in entry.members or (None,)]
     return {
         "ratio": ratio,
         "seed": seed,

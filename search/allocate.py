@@ -4,12 +4,15 @@ The predicted loss is taken as separable: the sum over sites of the loss that ea
 (``expected_rise``). That makes it a knapsack with one choice a site, over *all* methods' points, solved by dynamic
 programming on a grid of costs fine enough (``GRID``) to lose little; a Lagrangian over convex hulls would do for convex
 curves, but measured losses are not convex. What the grid leaves of the budget is filled with any point that still fits.
+
+A group that may be decomposed together is one choice more: at each cost, the better of its members' own choices and of
+one joint point for all of them. No layer is in two groups, so the program stays one pass over layers and groups.
 """
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from search.errors import BadRequest
 from search.spec import Cost, CurvePoint, Plan, SiteChoice, SitePlan
 
-__all__ = ["allocate", "equal_rate", "expected_rise", "predicted"]
+__all__ = ["allocate", "equal_rate", "expected_rise", "point_rise", "predicted"]
 
 GRID = 2000
 """Cells of the cost grid, at least; 100 for each site where that is more."""
@@ -32,10 +35,31 @@ class _Option:
     """None: the dense layer."""
 
 
+@dataclass
+class _Block:
+    """Sites that are chosen one by one, or all at once by their group."""
+
+    names: list[str] = field(default_factory=list)
+    own: list[list[_Option]] = field(default_factory=list)
+    group: str = ""
+    joint: list[_Option] = field(default_factory=list)
+
+    @property
+    def branches(self) -> list[list[list[_Option]]]:
+        """Alternatives; each is a list of tables, of which each gives one option."""
+        return [self.own, [self.joint]] if self.joint else [self.own]
+
+    @property
+    def least(self) -> float:
+        """The cheapest that it can be."""
+        return min(_cheapest(tables) for tables in self.branches)
+
+
 def allocate(
     sites: Sequence[SiteChoice],
     target: float,
     *,
+    groups: Sequence[SiteChoice] = (),
     cost: Mapping[Cost, float] | None = None,
     weights: Mapping[str, float] | None = None,
     methods: Collection[str] | None = None,
@@ -46,17 +70,19 @@ def allocate(
     """The plan of least predicted loss whose cost is at most ``target`` of the dense network's.
 
     Args:
-        sites: what can change, with its curves.
+        sites: the layers that can change, with their curves.
+        groups: those of them that may be decomposed together; each layer is in one at most.
         target: fraction kept of the weighted cost of the *whole* network, (0, 1].
         cost: weight of each cost (default: parameters alone); each is counted relative to its dense total. Bytes
             count as parameters; latency, which only a measurement tells, counts as MACs.
-        weights: multiplies a site's predicted loss; 1 where it is absent.
+        weights: multiplies a site's or a group's predicted loss; 1 where it is absent.
         methods: the methods allowed; None allows all.
         cap: largest relative error allowed at a site; its most exact point stays allowed.
         fixed_parameters, fixed_macs: of what cannot change.
 
     Returns:
-        The plan. Sites that stay dense are absent. If even the smallest plan costs more than ``target``, that one.
+        The plan, in which no layer is twice. Those that stay dense are absent. If even the smallest plan costs more
+        than ``target``, that one.
 
     Raises:
         BadRequest: ``target`` or the cost weights make no sense.
@@ -70,21 +96,30 @@ def allocate(
     def price(parameters: int, macs: int) -> float:
         return mix[0] * parameters / max(dense_parameters, 1) + mix[1] * macs / max(dense_macs, 1)
 
-    tables = []
-    for site in sites:
+    def table(site: SiteChoice, *, stays: bool) -> list[_Option]:
         factor = (weights or {}).get(site.site, 1.0)
-        options = [_Option(price(site.dense_parameters, site.dense_macs), 0.0, None)]
+        options = [_Option(price(site.dense_parameters, site.dense_macs), 0.0, None)] if stays else []
         for method, point in _points(site, methods, cap):
-            plan = SitePlan(method=method, ranks=point.ranks)
-            options.append(
-                _Option(price(point.parameters, point.macs), factor * expected_rise(site, point.error), plan)
-            )
-        tables.append(_undominated(options))
-    chosen = _best(tables, target - price(fixed_parameters, fixed_macs))
-    return {site.site: option.plan for site, option in zip(sites, chosen, strict=True) if option.plan is not None}
+            plan = SitePlan(method=method, ranks=point.ranks, members=site.members)
+            options.append(_Option(price(point.parameters, point.macs), factor * point_rise(site, point), plan))
+        return _undominated(options)
+
+    blocks: dict[str, _Block] = {}
+    group_of = {name: group for group in groups for name in group.members}
+    for site in sites:
+        group = group_of.get(site.site)
+        if group is None:
+            block = blocks[site.site] = _Block()
+        elif group.site not in blocks:
+            block = blocks[group.site] = _Block(group=group.site, joint=table(group, stays=False))
+        else:
+            block = blocks[group.site]
+        block.names.append(site.site)
+        block.own.append(table(site, stays=True))
+    return _best(list(blocks.values()), target - price(fixed_parameters, fixed_macs))
 
 
-def predicted(plan: Plan, sites: Sequence[SiteChoice]) -> tuple[int, int, float]:
+def predicted(plan: Plan, sites: Sequence[SiteChoice], groups: Sequence[SiteChoice] = ()) -> tuple[int, int, float]:
     """``(parameters, macs, error)`` of a plan over ``sites``: error is the sum of the sites' expected rises.
 
     Raises:
@@ -92,7 +127,9 @@ def predicted(plan: Plan, sites: Sequence[SiteChoice]) -> tuple[int, int, float]
     """
     parameters = macs = 0
     error = 0.0
-    for site in sites:
+    joint = [group for group in groups if group.site in plan]
+    taken = {name for group in joint for name in group.members}
+    for site in (*(site for site in sites if site.site not in taken), *joint):
         entry = plan.get(site.site)
         if entry is None:
             parameters, macs = parameters + site.dense_parameters, macs + site.dense_macs
@@ -103,8 +140,13 @@ def predicted(plan: Plan, sites: Sequence[SiteChoice]) -> tuple[int, int, float]
                 "unknown_point", f"{site.site}: no point {entry.method} {entry.ranks} on its curves; profile it first"
             )
         parameters, macs = parameters + found[0].parameters, macs + found[0].macs
-        error += expected_rise(site, found[0].error)
+        error += point_rise(site, found[0])
     return parameters, macs, error
+
+
+def point_rise(site: SiteChoice, point: CurvePoint) -> float:
+    """Rise of the loss that a point brings: a group's is known, a layer's follows from its error."""
+    return expected_rise(site, point.error) if point.rise is None else point.rise
 
 
 def expected_rise(site: SiteChoice, error: float) -> float:
@@ -140,7 +182,7 @@ def equal_rate(sites: Sequence[SiteChoice], rate: float, method: str) -> Plan:
             continue
         fitting = [p for p in points if p.parameters <= rate * site.dense_parameters]
         best = min(fitting, key=lambda p: p.error) if fitting else min(points, key=lambda p: p.parameters)
-        plan[site.site] = SitePlan(method=method, ranks=best.ranks)
+        plan[site.site] = SitePlan(method=method, ranks=best.ranks, members=site.members)
     return plan
 
 
@@ -178,23 +220,70 @@ def _undominated(options: Sequence[_Option]) -> list[_Option]:
     return kept
 
 
-def _best(tables: Sequence[Sequence[_Option]], budget: float) -> list[_Option]:
-    """One option of each table, least loss in all within the budget; the cheapest of each if that is over it."""
-    spare = budget - sum(t[0].cost for t in tables)
-    if spare <= 0 or not tables:
-        return [t[0] for t in tables]
-    if sum(t[-1].cost - t[0].cost for t in tables) <= spare:
-        return [t[-1] for t in tables]
-    cells = max(GRID, 100 * len(tables))
-    # Costs above each table's cheapest, in cells, to the nearest: an exact fit stays one.
-    extra = [[round((o.cost - t[0].cost) / spare * cells) for o in t] for t in tables]
+def _cheapest(tables: Sequence[Sequence[_Option]]) -> float:
+    return sum(table[0].cost for table in tables)
+
+
+def _best(blocks: Sequence[_Block], budget: float) -> Plan:
+    """One option of each table of one branch of each block, least loss in all within the budget; the cheapest of each
+    if even those are over it."""
+    spare = budget - sum(block.least for block in blocks)
+    if spare <= 0 or not blocks:
+        return _plan([(block, min(block.branches, key=_cheapest)) for block in blocks], None)
+    if sum(sum(t[-1].cost for t in block.own) - block.least for block in blocks) <= spare:
+        exact = [(block, block.own) for block in blocks]
+        return _plan(exact, [len(t) - 1 for _, tables in exact for t in tables])
+    count = sum(len(block.own) for block in blocks)
+    cells = max(GRID, 100 * count)
+
+    def width(cost: float) -> int:
+        return round(cost / spare * cells)  # to the nearest: an exact fit stays one
+
     least: NDArray[np.float64] = np.zeros(cells + 1)
-    picks: list[NDArray[np.int32]] = []
-    for table, widths in zip(tables, extra, strict=True):
+    steps: list[_Step] = []
+    for block in blocks:
+        step = _Step([], np.zeros(cells + 1, np.int8))
+        best = np.full(cells + 1, np.inf)
+        for number, tables in enumerate(block.branches):
+            # Costs in a table are above its cheapest; a branch is moved by what its cheapest is above the block's.
+            moved = np.full(cells + 1, np.inf)
+            offset = width(_cheapest(tables) - block.least)
+            if offset <= cells:
+                moved[offset:] = least[: cells + 1 - offset]
+            after, picks = _through(tables, moved, width)
+            step.branches.append((offset, picks))
+            step.branch[after < best] = number
+            best = np.minimum(best, after)
+        least = best
+        steps.append(step)
+    for full in range(cells, -1, -1):  # a few cells down at most, where rounding hid an excess
+        if not math.isfinite(least[full]):
+            break
+        chosen, at = _traced(blocks, steps, full, width)
+        tables = [t for _, branch in chosen for t in branch]
+        if sum(t[i].cost for t, i in zip(tables, at, strict=True)) <= budget + 1e-12:
+            return _plan(chosen, _filled(tables, at, budget))
+    return _plan([(block, min(block.branches, key=_cheapest)) for block in blocks], None)
+
+
+@dataclass
+class _Step:
+    """How one block was passed: of each branch its offset and its tables' picks, and the better branch, by cell."""
+
+    branches: list[tuple[int, list[NDArray[np.int32]]]]
+    branch: NDArray[np.int8]
+
+
+def _through(
+    tables: Sequence[Sequence[_Option]], least: NDArray[np.float64], width: Callable[[float], int]
+) -> tuple[NDArray[np.float64], list[NDArray[np.int32]]]:
+    """The least loss by cell after some tables, and which option each took."""
+    cells, picks = len(least) - 1, []
+    for table in tables:
         after = least + table[0].loss
         pick = np.zeros(cells + 1, np.int32)
         for j in range(1, len(table)):
-            w = widths[j]
+            w = width(table[j].cost - table[0].cost)
             if w > cells:
                 break
             candidate = least[: cells + 1 - w] + table[j].loss
@@ -203,17 +292,46 @@ def _best(tables: Sequence[Sequence[_Option]], budget: float) -> list[_Option]:
             pick[w:][better] = j
         least = after
         picks.append(pick)
-    for full in range(cells, -1, -1):  # a few cells down at most, where rounding hid an excess
-        at, cell = [0] * len(tables), full
-        for i in reversed(range(len(tables))):
-            at[i] = int(picks[i][cell])
-            cell -= extra[i][at[i]]
-        if sum(t[i].cost for t, i in zip(tables, at, strict=True)) <= budget + 1e-12:
-            break
-    return _filled(tables, at, budget)
+    return least, picks
 
 
-def _filled(tables: Sequence[Sequence[_Option]], at: list[int], budget: float) -> list[_Option]:
+_Chosen = list[tuple[_Block, list[list[_Option]]]]
+"""Each block with the branch it takes."""
+
+
+def _traced(
+    blocks: Sequence[_Block], steps: Sequence[_Step], cell: int, width: Callable[[float], int]
+) -> tuple[_Chosen, list[int]]:
+    """Back from a cell: the branches taken, and the option of each of their tables."""
+    chosen: _Chosen = []
+    at: list[int] = []
+    for block, step in zip(reversed(blocks), reversed(steps), strict=True):
+        number = int(step.branch[cell])
+        tables = block.branches[number]
+        offset, picks = step.branches[number]
+        for table, pick in zip(reversed(tables), reversed(picks), strict=True):
+            option = int(pick[cell])
+            at.append(option)
+            cell -= width(table[option].cost - table[0].cost)
+        cell -= offset
+        chosen.append((block, tables))
+    return chosen[::-1], at[::-1]
+
+
+def _plan(chosen: _Chosen, at: Sequence[int] | None) -> Plan:
+    """The plan of an option for each table; None: the first of each."""
+    plan: Plan = {}
+    options = iter([0] * sum(len(tables) for _, tables in chosen) if at is None else at)
+    for block, tables in chosen:
+        names = block.names if tables is block.own else [block.group]
+        for name, table in zip(names, tables, strict=True):
+            entry = table[next(options)].plan
+            if entry is not None:
+                plan[name] = entry
+    return plan
+
+
+def _filled(tables: Sequence[Sequence[_Option]], at: list[int], budget: float) -> list[int]:
     """Spend what is left on single steps to better points, the one that helps most for its cost first."""
     spent = sum(t[i].cost for t, i in zip(tables, at, strict=True))
     while True:
@@ -224,6 +342,6 @@ def _filled(tables: Sequence[Sequence[_Option]], at: list[int], budget: float) -
             if spent + table[j].cost - table[at[i]].cost <= budget + 1e-12
         ]
         if not steps:
-            return [table[i] for table, i in zip(tables, at, strict=True)]
+            return at
         _, i, j = max(steps)
         spent, at[i] = spent + tables[i][j].cost - tables[i][at[i]].cost, j

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from search import report
 from search.intake import Answer, first_output, last_output
 from search.metrics import Samples, forward
 from search.spec import ExportFormat, Metric, Plan, TensorInfo
+from search.surgery import named_sites
 from tenfold import exporting
 from tenfold.applying import apply
+from tenfold.layers import JointLayer
 
 __all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx", "write_pt2"]
 
@@ -75,8 +78,17 @@ def export_all(
 
 
 def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
-    """All tensors of ``module`` by name, with the plan in the header. Tied tensors are stored under each name."""
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in module.state_dict().items()}
+    """All tensors of ``module`` by name, with the plan in the header.
+
+    What the layers of a joint site share is stored once, under the first one's name: the plan tells who shares it.
+    Other tied tensors are stored under each name, for a user's own network may not tie them.
+    """
+    again = _shared_before(module)
+    tensors = {
+        name: t.detach().to("cpu", copy=True).contiguous()
+        for name, t in module.state_dict().items()
+        if not name.startswith(again)
+    }
     # One key only: safetensors writes several in random order, and equal networks should be equal files.
     save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan))})
     return path
@@ -108,6 +120,7 @@ def write_onnx(graph: Path, names: Sequence[str], path: Path) -> Path:
         optimize_ir(made.model, output_size_limit=FOLDED)
     made.save(path, external_data=False)
     model = onnx.load(path)
+    _merge_equal(model.graph)
     _strip(model.graph)
     for function in model.functions:
         _strip(function)
@@ -172,6 +185,32 @@ def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: S
     if not gap <= 1e-4:
         raise RuntimeError(f"model.safetensors and plan.json give a network whose answers differ by {gap}")
     return [weights, recipe]
+
+
+def _shared_before(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes under which factors appear that an earlier layer has too."""
+    seen: set[nn.Module] = set()
+    again = []
+    for name, layer in named_sites(module):
+        if isinstance(layer, JointLayer):
+            if layer.shared in seen:
+                again.append(f"{name}.shared.")
+            seen.add(layer.shared)
+    return tuple(again)
+
+
+def _merge_equal(graph: Any) -> None:
+    """Keep one of tensors that are equal: the exporter gives each layer its own copy of what they share, reshaped."""
+    first: dict[tuple[Any, ...], str] = {}
+    renamed: dict[str, str] = {}
+    for tensor in graph.initializer:
+        key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        renamed[tensor.name] = first.setdefault(key, tensor.name)
+    kept = [tensor for tensor in graph.initializer if renamed[tensor.name] == tensor.name]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
 def _strip(graph: Any) -> None:

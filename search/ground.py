@@ -2,7 +2,8 @@
 
 A later stage starts from a compressed network. Its plans name *every* site that is compressed, so that a plan always
 rebuilds from the original: a site that the search leaves alone keeps the replacement it had (``base``), and no site
-may grow back beyond it.
+may grow back beyond it. Nor does a stage regroup: layers that the parent has decomposed together stay together (their
+group is then a site like any other), and layers that it has replaced one by one stay apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,9 @@ class Ground:
     profile: Profile
     sites: tuple[SiteChoice, ...]
     """Searchable, in the network's order. ``dense_*`` is what the site costs when a plan leaves it as it was: the
-    original layer, or at a later stage the replacement it already had."""
+    original layer, or at a later stage the replacement it already had. No layer is in two."""
+    groups: tuple[SiteChoice, ...]
+    """Of ``sites`` that may be decomposed together instead."""
     base: Plan
     """What every plan of the stage contains: fixed sites and, at a later stage, the parent's replacements."""
     methods: tuple[str, ...]
@@ -38,10 +41,13 @@ class Ground:
     def least_share(self) -> float:
         """The smallest share of the original that can be reached, of parameters or of multiply-accumulates."""
         parameters, macs = self.parameters, self.macs
-        for site in self.sites:
-            points = [p for curve in site.curves.values() for p in curve]
-            parameters += min(0, min(p.parameters for p in points) - site.dense_parameters)
-            macs += min(0, min(p.macs for p in points) - site.dense_macs)
+        saved = {site.site: _saving(site) for site in self.sites}
+        for group in self.groups:
+            own = [saved.pop(name) for name in group.members]
+            joint = _saving(group)
+            saved[group.site] = max(joint[0], sum(s[0] for s in own)), max(joint[1], sum(s[1] for s in own))
+        parameters -= sum(s[0] for s in saved.values())
+        macs -= sum(s[1] for s in saved.values())
         dense = self.profile.costs
         return min(parameters / max(dense.parameters, 1), macs / max(dense.macs, 1))
 
@@ -51,7 +57,7 @@ class Ground:
     def costs(self, plan: Plan) -> tuple[int, int]:
         """(parameters, multiply-accumulates) of the whole network under ``plan``, before it is built."""
         parameters, macs = self.parameters, self.macs
-        for site in self.sites:
+        for site in (*self.sites, *self.groups):
             point = self.point(site.site, plan[site.site]) if site.site in plan else None
             if point is not None:
                 parameters += point.parameters - site.dense_parameters
@@ -76,6 +82,15 @@ class Ground:
         }
         return all(below.get(cost, True) for cost in minimize) and (parameters < self.parameters or macs < self.macs)
 
+    def weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The sites' ``weights``, and for each group what its members' come to, by how sensitive they are."""
+        found = dict(weights)
+        by_name = {site.site: site for site in self.sites}
+        for group in self.groups:
+            total = sum(by_name[name].sensitivity for name in group.members)
+            found[group.site] = sum(by_name[n].sensitivity * weights.get(n, 1.0) for n in group.members) / total
+        return found
+
     def complete(self, plan: Plan) -> Plan:
         """``plan`` over the base, in the network's order."""
         return {**self.base, **plan}
@@ -88,22 +103,30 @@ def ground_of(spec: JobSpec, profile: Profile, parent: Plan | None) -> Ground:
     parameters, macs = profile.costs.parameters, profile.costs.macs
     # A site measured as insensitive is still not free: noise of the measurement, and errors that add up.
     floor = max(1e-3 * sum(s.sensitivity for s in profile.sites) / max(len(profile.sites), 1), 1e-12)
-    sites: list[SiteChoice] = []
-    points: dict[tuple[str, str, tuple[int, ...]], CurvePoint] = {}
-    for site in profile.sites:
+    open_sites = {site.site: site for site in profile.sites if _may_change(spec, site.site)}
+    given = {name for site, entry in base.items() for name in entry.members or (site,)}
+    groups = [
+        group
+        for group in profile.groups
+        if (group.site in base or given.isdisjoint(group.members)) and open_sites.keys() >= group.members.keys()
+    ]
+    together = {name for group in groups if group.site not in base for name in group.members}
+    found: dict[str, SiteChoice] = {}
+    for site in (*profile.sites, *profile.groups):
         start = _start_point(site, base.get(site.site))
         if start is not None:
             parameters += start.parameters - site.dense_parameters
             macs += start.macs - site.dense_macs
         frozen = site.site in spec.layers.fixed or (site.site in before and start is None)
-        if frozen or not _may_change(spec, site.site):
+        replaced = site.site in given and site.site not in base  # as a member of a group of the base
+        if frozen or replaced or not (site in groups if site.members else site.site in open_sites):
             continue
         curves = {
             method: kept
             for method, curve in site.curves.items()
             if (spec.methods == "auto" or method in spec.methods) and (kept := _below(curve, start))
         }
-        if not curves:
+        if not curves and site.site not in together:
             continue
         costs = (start.parameters, start.macs) if start else (site.dense_parameters, site.dense_macs)
         update = {
@@ -112,10 +135,24 @@ def ground_of(spec: JobSpec, profile: Profile, parent: Plan | None) -> Ground:
             "dense_macs": costs[1],
             "sensitivity": max(site.sensitivity, floor),
         }
-        sites.append(site.model_copy(update=update))
-        points |= {(site.site, method, p.ranks): p for method, curve in curves.items() for p in curve}
-    methods = tuple(sorted({method for site in sites for method in site.curves}))
-    return Ground(profile, tuple(sites), base, methods, parameters, macs, points)
+        found[site.site] = site.model_copy(update=update)
+    choices = tuple(found[g.site] for g in groups if g.site in found and g.site not in base)
+    usable = {name for group in choices for name in group.members}
+    kept_sites = [s for s in found.values() if s not in choices and (s.curves or s.site in usable)]
+    order = {site.site: position for position, site in enumerate(profile.sites)}
+    kept_sites.sort(key=lambda s: min(order[name] for name in s.members or (s.site,)))
+    every = (*kept_sites, *choices)
+    points = {(s.site, method, p.ranks): p for s in every for method, curve in s.curves.items() for p in curve}
+    methods = tuple(sorted({method for site in every for method in site.curves}))
+    return Ground(profile, tuple(kept_sites), choices, base, methods, parameters, macs, points)
+
+
+def _saving(site: SiteChoice) -> tuple[int, int]:
+    """The most that a site can save, of parameters and of multiply-accumulates."""
+    points = [p for curve in site.curves.values() for p in curve]
+    parameters = min((p.parameters for p in points), default=site.dense_parameters)
+    macs = min((p.macs for p in points), default=site.dense_macs)
+    return max(0, site.dense_parameters - parameters), max(0, site.dense_macs - macs)
 
 
 def _may_change(spec: JobSpec, site: str) -> bool:
@@ -125,7 +162,7 @@ def _may_change(spec: JobSpec, site: str) -> bool:
 
 def _start_point(site: SiteChoice, plan: SitePlan | None) -> CurvePoint | None:
     """What the site costs at the stage's start: its point on the curve, or the nearest one that is no larger."""
-    if plan is None:
+    if plan is None or plan.members.keys() != site.members.keys():
         return None
     curve = site.curves.get(plan.method, ())
     inside = [

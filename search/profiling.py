@@ -10,21 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from search.allocate import expected_rise
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import AUTO, METHODS
+from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of
 from search.errors import BadRequest
+from search.groups import find_groups
 from search.matrices import matrices, weight_of
 from search.metrics import class_last, forward
 from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
+from tenfold.layers import joint_like
 
 __all__ = ["measure_sites", "methods_of"]
 
 STATISTICS_BYTES = 1 << 30
-"""Of second moments held at a time; more layers take another pass over the calibration data."""
+"""Of second moments held at a time; more layers take another pass over the calibration data. A group whose members'
+together are larger is not offered."""
 PROBE_ROWS = 256
 PROBE_S = 60.0
 """About how long the measuring of effects may take."""
@@ -32,16 +36,20 @@ PROBE_S = 60.0
 
 def methods_of(bench: Bench) -> tuple[str, ...]:
     """The methods that the job may use. Raises BadRequest for one that does not exist."""
+    known = (*METHODS, *JOINT_METHODS)
     if bench.spec.methods == "auto":
         return AUTO
-    unknown = [m for m in bench.spec.methods if m not in METHODS]
+    unknown = [m for m in bench.spec.methods if m not in known]
     if unknown:
-        raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(METHODS)}")
+        raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(known)}")
     return bench.spec.methods
 
 
-def measure_sites(bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan) -> tuple[SiteChoice, ...]:
-    """The choices of every layer that may change, on the ``start`` network of a stage (dense layers throughout).
+def measure_sites(
+    bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan
+) -> tuple[tuple[SiteChoice, ...], tuple[SiteChoice, ...]]:
+    """The choices of every layer that may change, and of the groups that may be decomposed together, on the ``start``
+    network of a stage (dense layers throughout).
 
     ``kept``: what the stage's network has already, and what is fixed; those points are on the curves too, so that
     costs can be told exactly. Raises BadRequest when no layer may change, or a fixed plan does not fit its layer.
@@ -49,28 +57,112 @@ def measure_sites(bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, k
     fixed = bench.spec.layers.fixed
     for site, chosen in fixed.items():
         _check_fixed(site, chosen, start)
-    methods = methods_of(bench)
+    alone = [m for m in methods_of(bench) if m in METHODS]
+    given = {name for site, chosen in fixed.items() for name in chosen.members or (site,)}
     wanted: dict[str, LayerInfo] = {}
     for layer in layers:
-        if layer.name in fixed or (layer.compressible and _may_change(bench, layer.name)):
+        if layer.name in given or (layer.compressible and _may_change(bench, layer.name)):
             wanted[layer.name] = layer
-    if not any(name not in fixed for name in wanted) and not fixed:
+    if not any(name not in given for name in wanted) and not fixed:
         raise _nothing_to_do(bench, layers)
+    groups = _groups_wanted(bench, [layer for name, layer in wanted.items() if name not in given], start, kept)
+    together = {name for members, _ in groups.values() for name in members}
     importance = _importance(start)
-    found: list[SiteChoice] = []
+    found: dict[str, SiteChoice] = {}
     probe = _Probe(bench, start)
-    for group in _groups(start, list(wanted)):
-        statistics = collect(start, group, bench.calibration)
-        for name in group:
+    for batch in _batches(start, list(wanted)):
+        statistics = collect(start, batch, bench.calibration)
+        for name in batch:
             bench.report(f"profiling {name}", len(found), len(wanted))
-            own = {kept[name].method, *methods} if name in kept else set(methods)
+            own = {kept[name].method, *alone} if name in kept else set(alone)
             choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept)
             if choice.curves:
-                found.append(probe.measure(choice, statistics[name], len(wanted)))
-    if not found:
+                found[name] = probe.measure(choice, statistics[name], len(wanted))
+            elif name in together:
+                # No method of its own may be used; what an error here does to the loss must still be known.
+                usual = _choice(wanted[name], start, ["svd"], statistics[name], importance.get(name), {})
+                found[name] = probe.measure(usual, statistics[name], len(wanted)).model_copy(update={"curves": {}})
+    joint = []
+    for position, (name, (members, methods)) in enumerate(groups.items()):
+        bench.report(f"profiling {name}", position, len(groups))
+        statistics = collect(start, list(members), bench.calibration)
+        joint.append(_group_choice(name, members, methods, wanted, start, statistics, importance, found, kept))
+    used = tuple(choice for choice in joint if choice.curves)
+    members_of_used = {name for choice in used for name in choice.members}
+    sites = tuple(found[name] for name in wanted if name in found and (found[name].curves or name in members_of_used))
+    if not sites:
         raise _nothing_to_do(bench, layers)
-    order = {layer.name: i for i, layer in enumerate(layers)}
-    return tuple(sorted(found, key=lambda c: order[c.site]))
+    return sites, used
+
+
+def _groups_wanted(
+    bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan
+) -> dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]]:
+    """Members and methods of the groups that may be decomposed together.
+
+    At a later stage, a group that is one already stays one, and layers that were replaced on their own stay so.
+    """
+    joint = tuple(m for m in methods_of(bench) if m in JOINT_METHODS)
+    found = {
+        site: (entry.members, tuple(dict.fromkeys((entry.method, *joint))))
+        for site, entry in kept.items()
+        if entry.members
+    }
+    taken = {name for site, entry in kept.items() for name in entry.members or (site,)}
+    if joint:
+        for name, members in find_groups(layers, bench.spec.layers).items():
+            fits = sum(_statistics_bytes(start.get_submodule(n)) for n in members) <= STATISTICS_BYTES
+            free = name not in found and taken.isdisjoint(members)
+            if fits and free and group_of(start, members).reason() is None:
+                found[name] = members, joint
+    return found
+
+
+def _group_choice(
+    name: str,
+    members: Mapping[str, tuple[int, ...]],
+    methods: Sequence[str],
+    layers: Mapping[str, LayerInfo],
+    network: nn.Module,
+    statistics: Mapping[str, Statistics],
+    importance: Mapping[str, Tensor],
+    alone: Mapping[str, SiteChoice],
+    kept: Plan,
+) -> SiteChoice:
+    """Curves of the joint methods. What an error at a member does to the loss is what it does when it comes alone, so
+    that a group and its members' own choices are told apart by the same measure."""
+    group = group_of(network, members)
+    infos = [layers[n] for n in group.names]
+    positions = [_positions(info, layer) for info, layer in zip(infos, group.layers, strict=True)]
+    known = [statistics[n] for n in group.names]
+    metrics = [importance.get(n) for n in group.names]
+    curves: dict[str, tuple[CurvePoint, ...]] = {}
+    evbmf: dict[str, tuple[int, ...]] = {}
+    for method_name in methods:
+        method = JOINT_METHODS[method_name]
+        curve = method.curve(group, known, positions, metrics=metrics)
+        if name in kept and kept[name].method == method_name:
+            ranks = kept[name].ranks
+            cost = method.cost(group, ranks, positions, input_sizes=[s.input_sizes for s in known])
+            curve = _with_start(curve, ranks, cost, len(group.names))
+        if curve:
+            curves[method_name] = tuple(_with_rise(p, [alone[n] for n in group.names]) for p in curve)
+            evbmf[method_name] = method.variational_ranks(group)
+    dense = group.dense(positions)
+    return SiteChoice(
+        site=name,
+        members={n: tuple(members[n]) for n in group.names},
+        dense_parameters=dense[0],
+        dense_macs=sum(info.macs for info in infos),
+        curves=curves,
+        evbmf=evbmf,
+        sensitivity=sum(alone[n].sensitivity for n in group.names),
+    )
+
+
+def _with_rise(point: CurvePoint, members: Sequence[SiteChoice]) -> CurvePoint:
+    rise = sum(expected_rise(site, error) for site, error in zip(members, point.errors, strict=True))
+    return point.model_copy(update={"rise": rise})
 
 
 def _choice(
@@ -102,11 +194,13 @@ def _choice(
     )
 
 
-def _with_start(curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tuple[int, int]) -> tuple[CurvePoint, ...]:
+def _with_start(
+    curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tuple[int, int], members: int = 0
+) -> tuple[CurvePoint, ...]:
     """The curve with the stage's own starting point on it, which is exact: its weight has just these ranks."""
     if any(p.ranks == ranks for p in curve):
         return curve
-    start = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=0.0)
+    start = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=0.0, errors=(0.0,) * members)
     return tuple(sorted((*curve, start), key=lambda p: (p.parameters, p.macs)))
 
 
@@ -173,7 +267,7 @@ class _Probe:
         return float((answers - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12))
 
 
-def _groups(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+def _batches(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     """Layers whose second moments fit in memory together."""
     group: list[str] = []
     used = 0
@@ -211,6 +305,13 @@ def _may_change(bench: Bench, name: str) -> bool:
 
 def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
     method = chosen.method
+    if chosen.options:
+        raise BadRequest(
+            "unknown_option", f"layers.fixed: {site}: {method} takes no options, got {sorted(chosen.options)}"
+        )
+    if chosen.members:
+        _check_fixed_group(site, chosen, network)
+        return
     try:
         layer = network.get_submodule(site)
     except AttributeError:
@@ -229,9 +330,35 @@ def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
             f"layers.fixed: {site}: {method} takes {len(most)} ranks of at most {list(most)} that together make the "
             f"layer smaller, got {list(chosen.ranks)}",
         )
-    if chosen.options:
+
+
+def _check_fixed_group(site: str, chosen: SitePlan, network: nn.Module) -> None:
+    method = chosen.method
+    try:
+        group = group_of(network, chosen.members)
+    except AttributeError as error:
         raise BadRequest(
-            "unknown_option", f"layers.fixed: {site}: {method} takes no options, got {sorted(chosen.options)}"
+            "unknown_site", f"layers.fixed: {site}: a member is no layer of this network: {error}"
+        ) from None
+    if method not in JOINT_METHODS:
+        raise BadRequest(
+            "unknown_method",
+            f"layers.fixed: {site}: no method {method!r} of several layers; there are {sorted(JOINT_METHODS)}",
+        )
+    if reason := group.reason():
+        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
+    none = [0] * len(group.layers)
+    try:
+        joint_like(dict(zip(group.names, group.layers, strict=True)), method, chosen.ranks, chosen.members)
+        smaller = JOINT_METHODS[method].cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
+        problem = "" if smaller else "these would not make the layers smaller"
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise BadRequest(
+            "bad_rank",
+            f"layers.fixed: {site}: {method} takes a rank for each mode of the grid {list(group.grid)}, then two for "
+            f"the channels, got {list(chosen.ranks)}: {problem}",
         )
 
 

@@ -4,10 +4,13 @@ At every site the compressed network's own input ``x~`` and the output wanted of
 which the factors follow in closed form, so that errors of earlier layers are corrected by later ones. Both networks
 are walked together and their live values kept, so a reconstruction costs about one pass of each, not one a layer.
 What is wanted of a layer, looking past it, is ``targets``' business.
+
+Layers that share factors cannot be fitted one after the other: what they share is fitted beforehand, to the original's
+inputs of all of them; at each of them, the walk then fits what is its own, and its mean.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
-from search.decompose import METHODS
+from search.decompose import JOINT_METHODS, METHODS, group_of
 from search.decompose.base import problems
 from search.errors import BadRequest
 from search.matrices import matrices, weight_from, weight_of
@@ -24,8 +27,9 @@ from search.recurrent import RECURRENT
 from search.spec import Plan, SitePlan
 from search.surgery import replace
 from search.targets import Options, Target, bias_of, dense_weight
+from tenfold.layers import FactorizedLayer, JointLayer
 
-__all__ = ["Options", "fit_alone", "recalibrate_batch_norm", "reconstruct"]
+__all__ = ["Options", "fit_alone", "fit_group", "recalibrate_batch_norm", "reconstruct"]
 
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 
@@ -50,24 +54,32 @@ def reconstruct(
         batches: gives the calibration inputs, the same at each call. None: factors of the least weight error.
         sequential: fit each layer to the compressed network's own input; else to the original's.
         options: how targets are made.
-        errors: filled with each site's relative output error.
+        errors: filled with each layer's relative output error.
 
     Raises:
-        BadRequest: the plan names a layer or a method that is not there, or one that does not fit.
+        BadRequest: the plan names a layer or a method that is not there, one that does not fit, or a layer twice.
     """
     network = copy.deepcopy(network).eval()
+    layers = [name for site, entry in plan.items() for name in entry.members or (site,)]
+    if twice := sorted({name for name in layers if layers.count(name) > 1}):
+        raise BadRequest("layer_twice", f"the plan replaces {twice} at more than one site: keep one of them")
     for site, entry in plan.items():
-        _check(network, site, entry.method)
+        _check(network, site, entry)
     found: dict[str, float] = {} if errors is None else errors
+    groups = {site: entry for site, entry in plan.items() if entry.members}
+    alone = {site: entry for site, entry in plan.items() if not entry.members}
     if batches is None or not sequential:
-        statistics = {} if batches is None else collect(original, list(plan), batches())
-        for site, entry in plan.items():
+        statistics = {} if batches is None else collect(original, layers, batches())
+        for site, entry in alone.items():
             found[site] = fit_alone(network, site, entry, statistics.get(site))
+        for entry in groups.values():
+            found |= fit_group(network, entry, statistics)
         return network
     options, was_training = options or Options(), original.training
     original.eval()
     try:
-        walk = _Walk(original, network, plan, list(batches()), options, found)
+        shared = _shared(original, network, groups.values(), batches)
+        walk = _Walk(original, network, plan, shared, list(batches()), options, found)
         walk.batches = walk.batches[: walk.fitting(options.memory_bytes)]
         walk.run()
     finally:
@@ -82,23 +94,69 @@ def fit_alone(network: nn.Module, site: str, entry: SitePlan, statistics: Statis
     What the approximation loses of the output's mean goes to the bias, or to the batch norm right behind.
     """
     layer = network.get_submodule(site)
-    norm, metric = _norm_behind(network, site), None
-    if isinstance(layer, nn.Linear | nn.Embedding) and statistics is not None and statistics.input_sizes:
-        norm = None  # a batch norm over tokens, not over the layer's outputs
-    if norm is not None:
-        metric = affine(norm)[0].square()
-    fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric)
-    replace(network, site, fit.module)
-    if statistics is not None:
-        takes_mean = bias_of(layer) is not None or norm is not None
-        shift = _correct_mean(layer, fit.module, statistics, takes_mean)
-        if shift is not None and norm is not None:
-            typed(norm).running_mean = typed(norm).running_mean - shift
+    norm = _norm_behind(network, site, statistics)
+    fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=_metric(norm))
+    _put_alone(network, site, fit.module, statistics, norm)
     return fit.error
 
 
-def _norm_behind(network: nn.Module, site: str) -> nn.Module | None:
+@torch.no_grad()
+def fit_group(network: nn.Module, entry: SitePlan, statistics: Mapping[str, Statistics]) -> dict[str, float]:
+    """Factorize the members of a site of several layers in place, as if nothing else changed; each one's error.
+
+    ``statistics``: of every member, or empty for the least weight error.
+    """
+    fitted = _fit_together(network, entry, statistics)
+    for name, (module, _) in fitted.items():
+        known = statistics.get(name)
+        _put_alone(network, name, module, known, _norm_behind(network, name, known))
+    return {name: error for name, (_, error) in fitted.items()}
+
+
+def _fit_together(
+    network: nn.Module, entry: SitePlan, statistics: Mapping[str, Statistics]
+) -> dict[str, tuple[JointLayer, float]]:
+    """The members by name, not yet in their places, and their errors."""
+    group = group_of(network, entry.members)
+    metrics = [_metric(_norm_behind(network, name, statistics.get(name))) for name in group.names]
+    known = [statistics[name] for name in group.names] if statistics else None
+    fit = JOINT_METHODS[entry.method].factorize(group, entry.ranks, known, metrics=metrics)
+    return dict(zip(group.names, zip(fit.modules, fit.errors, strict=True), strict=True))
+
+
+def _shared(
+    original: nn.Module, network: nn.Module, groups: Iterable[SitePlan], batches: Batches
+) -> dict[str, JointLayer]:
+    """The members of all groups, fitted to the original's own inputs; one group's statistics are held at a time."""
+    found: dict[str, JointLayer] = {}
+    for entry in groups:
+        statistics = collect(original, list(entry.members), batches())
+        found |= {name: module for name, (module, _) in _fit_together(network, entry, statistics).items()}
+    return found
+
+
+def _put_alone(
+    network: nn.Module, site: str, module: FactorizedLayer, statistics: Statistics | None, norm: nn.Module | None
+) -> None:
+    layer = network.get_submodule(site)
+    replace(network, site, module)
+    if statistics is not None:
+        takes_mean = bias_of(layer) is not None or norm is not None
+        shift = _correct_mean(layer, module, statistics, takes_mean)
+        if shift is not None and norm is not None:
+            typed(norm).running_mean = typed(norm).running_mean - shift
+
+
+def _metric(norm: nn.Module | None) -> Tensor | None:
+    """(out,) weights of a layer's squared errors: what the norm behind it makes of them."""
+    return None if norm is None else affine(norm)[0].square()
+
+
+def _norm_behind(network: nn.Module, site: str, statistics: Statistics | None) -> nn.Module | None:
     if not isinstance(network, fx.GraphModule):
+        return None
+    linear = isinstance(network.get_submodule(site), nn.Linear | nn.Embedding)
+    if linear and statistics is not None and statistics.input_sizes:  # a batch norm over tokens, not over its outputs
         return None
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
@@ -116,17 +174,22 @@ class _Walk:
         original: fx.GraphModule,
         network: nn.Module,
         plan: Plan,
+        shared: Mapping[str, JointLayer],
         batches: Sequence[tuple[Tensor, ...]],
         options: Options,
         errors: dict[str, float],
     ) -> None:
-        self.original, self.network, self.plan, self.options, self.errors = original, network, plan, options, errors
+        self.original, self.network, self.options, self.errors = original, network, options, errors
+        self.shared = shared
+        self.plan = {name: entry for site, entry in plan.items() for name in entry.members or (site,)}
         self.batches = batches
         self.modules = dict(original.named_modules())
         nodes = list(original.graph.nodes)
         self.placeholders = [n for n in nodes if n.op == "placeholder"]
         self.sites = {
-            n: str(n.target) for n in nodes if n.op == "call_module" and (n.target in plan or n.target in options.refit)
+            n: str(n.target)
+            for n in nodes
+            if n.op == "call_module" and (n.target in self.plan or n.target in options.refit)
         }
         self.chains = {n: follow(n, self.modules) for n in self.sites}
         self.order = schedule(original.graph, self.chains)
@@ -277,7 +340,11 @@ class _Walk:
     def _solve(
         self, site: str, layer: nn.Module, statistics: Statistics, target: Target, start: nn.Module | None
     ) -> nn.Module:
-        if site in self.plan:
+        module: nn.Module
+        if site in self.shared:
+            module, joint = self.shared[site], JOINT_METHODS[self.plan[site].method]
+            self.errors[site] = joint.refit(self.shared[site], layer, statistics, metric=target.metric)
+        elif site in self.plan:
             module = self._factors(site, layer, statistics, target.metric, start)
         else:
             module = _refitted(layer, statistics)
@@ -308,11 +375,22 @@ def _correct_mean(layer: nn.Module, module: nn.Module, statistics: Statistics, t
     return mean.to(weight.dtype)
 
 
-def _check(network: nn.Module, site: str, method: str) -> None:
-    try:
-        layer = network.get_submodule(site)
-    except AttributeError:
-        raise BadRequest("unknown_site", f"the plan names {site!r}, which is no layer of this network") from None
+def _check(network: nn.Module, site: str, entry: SitePlan) -> None:
+    method = entry.method
+    for name in entry.members or (site,):
+        try:
+            layer = network.get_submodule(name)
+        except AttributeError:
+            raise BadRequest("unknown_site", f"the plan names {name!r}, which is no layer of this network") from None
+    if entry.members:
+        if method not in JOINT_METHODS:
+            raise BadRequest(
+                "unknown_method",
+                f"{site}: no method {method!r} of several layers; there are {sorted(JOINT_METHODS)}",
+            )
+        if reason := group_of(network, entry.members).reason():
+            raise BadRequest("method_does_not_apply", f"{site}: {method} does not apply: {reason}")
+        return
     if method not in METHODS:
         raise BadRequest("unknown_method", f"{site}: no method {method!r}; there are {sorted(METHODS)}")
     reason = METHODS[method].applies_to(layer)

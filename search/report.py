@@ -111,11 +111,12 @@ def _layers(layers: Sequence[Facts]) -> str:
     for layer in layers:
         dense, now = layer["dense_parameters"], layer["parameters"]
         ranks = " × ".join(str(r) for r in layer["ranks"]) if layer["method"] else "unchanged"
+        shared = f" with {layer['together'] - 1} others" if layer["together"] else ""
         body.append(
             [
                 f"<code>{escape(layer['name'])}</code>",
                 escape(layer["kind"]),
-                escape(layer["method"] or ""),
+                escape((layer["method"] or "") + shared),
                 ranks,
                 f"{dense:,}",
                 f"{now:,}",

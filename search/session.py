@@ -30,14 +30,16 @@ from search.spec import (
     Plan,
     Profile,
     Rung,
+    SitePlan,
     Task,
     TrialRecord,
     TrialResult,
     TrialWork,
+    entry_of,
 )
 from search.surgery import dense_of
 from search.tune import Runtime
-from tenfold.layers import FactorizedLayer
+from tenfold.layers import JointLayer
 
 __all__ = ["Session", "inspect_data", "inspect_model"]
 
@@ -122,7 +124,7 @@ class Session:
             kept = {**plan, **kept}
             value = bench.select(compressed).value
             start = dense_of(compressed)
-        sites = profiling.measure_sites(bench, self._layer_table(), start, kept)
+        sites, groups = profiling.measure_sites(bench, self._layer_table(), start, kept)
         parameters, macs, stored = bench.original_costs
         _, dense_ms = trial.measure_latency(bench, bench.original)
         return Profile(
@@ -133,6 +135,7 @@ class Session:
             max_drop=max(0.0, baseline.allowed_drop(budget, bench.metric, original.value)),
             costs=Costs(parameters=parameters, macs=macs, bytes=stored, latency_ms=dense_ms, dense_latency_ms=dense_ms),
             sites=sites,
+            groups=groups,
             seconds=time.monotonic() - began,
             notes=tuple(n for n in (bench.seen_before,) if n),
         )
@@ -281,18 +284,28 @@ class Session:
         facts = []
         for layer in self._layer_table():
             module = network.get_submodule(layer.name)
-            changed = isinstance(module, FactorizedLayer)
+            changed = entry_of(plan, layer.name)
             facts.append(
                 {
                     "name": layer.name,
                     "kind": layer.kind,
-                    "method": plan[layer.name].method if changed else None,
-                    "ranks": list(plan[layer.name].ranks) if changed else [],
+                    "method": changed.method if changed else None,
+                    "ranks": list(changed.ranks) if changed else [],
+                    "together": len(changed.members) if changed else 0,
                     "dense_parameters": layer.parameters,
-                    "parameters": cost.parameters(module),
+                    "parameters": _own_parameters(module, changed),
                 }
             )
         return facts
+
+
+def _own_parameters(module: nn.Module, entry: SitePlan | None) -> int:
+    """Of a layer; of one that shares factors, its equal part of those (the first takes the remainder), and its bias."""
+    if not isinstance(module, JointLayer) or entry is None:
+        return cost.parameters(module)
+    shared, count = cost.parameters(module.shared), len(entry.members)
+    part = shared // count + (shared % count if not any(module.at) else 0)
+    return part + cost.parameters(module) - shared
 
 
 def _point(record: TrialRecord) -> Mapping[str, Any]:

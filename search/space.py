@@ -117,6 +117,7 @@ class GuidedSpace:
             group = position * self._groups // len(sites)
             depth = float(params.get(f"depth_{group}", 0.0))
             weights[site.site] = 2.0**depth * site.sensitivity ** (exponent - 1.0)
+        weights = self.ground.weights(weights)
         methods = {m for m in self.ground.methods if params.get(f"use_{m}", True)}
         return _allocated(self.ground, float(params["kept"]), float(params["macs_share"]), weights, methods or None)
 
@@ -126,12 +127,14 @@ class GuidedSpace:
 
 class FullSpace:
     """One knob a site, ``site:<name>`` in [0, 1]: how far along the site's best points, cheapest first; the end of
-    the range leaves the site as it was. Methods compete point by point: the smallest error at a cost is taken."""
+    the range leaves the site as it was. Methods compete point by point: the smallest error at a cost is taken. A group
+    that may be decomposed together has a knob too: in its lower half it is, and its members' own do not count."""
 
     def __init__(self, spec: JobSpec, ground: Ground) -> None:
         self._spec = spec
         self.ground = ground
-        self._ladders = {site.site: _ladder(site, _macs_share(spec)) for site in ground.sites}
+        self._span = {site.site: 1.0 for site in ground.sites} | {group.site: 0.5 for group in ground.groups}
+        self._ladders = {site.site: _ladder(site, _macs_share(spec)) for site in (*ground.sites, *ground.groups)}
 
     def distributions(self) -> dict[str, BaseDistribution]:
         knobs: dict[str, BaseDistribution] = {f"site:{name}": FloatDistribution(0.0, 1.0) for name in self._ladders}
@@ -140,9 +143,12 @@ class FullSpace:
     def plan(self, params: Mapping[str, str | int | float | bool]) -> Plan:
         plan = {}
         for name, ladder in self._ladders.items():
-            rung = min(int(float(params[f"site:{name}"]) * (len(ladder) + 1)), len(ladder))
+            rung = min(int(float(params[f"site:{name}"]) / self._span[name] * (len(ladder) + 1)), len(ladder))
             if rung < len(ladder):
                 plan[name] = ladder[rung][0]
+        for group in self.ground.groups:
+            if group.site in plan:
+                plan = {name: entry for name, entry in plan.items() if name not in group.members}
         return self.ground.complete(plan)
 
     def params_of(self, plan: Plan) -> Params:
@@ -152,7 +158,7 @@ class FullSpace:
             rung = len(ladder)
             if point is not None:
                 rung = min(range(len(ladder)), key=lambda i: abs(ladder[i][1].parameters - point.parameters))
-            params[f"site:{name}"] = (rung + 0.5) / (len(ladder) + 1)
+            params[f"site:{name}"] = self._span[name] * (rung + 0.5) / (len(ladder) + 1)
         return params | ({LEARNING_RATE_SCALE: 1.0} if _recipe_knobs(self._spec) else {})
 
 
@@ -166,7 +172,8 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     share = _macs_share(spec)
     first = ground.profile.stage == 0
     rates = _RATES if first else _LATER_RATES
-    method = max(ground.methods, key=lambda m: sum(m in site.curves for site in ground.sites))
+    every = (*ground.sites, *ground.groups)
+    method = max(ground.methods, key=lambda m: sum(m in site.curves for site in every))
 
     def allocator(ratio: float) -> Start:
         plan = _allocated(ground, ratio * ground.share({}, share), share, None, None)
@@ -177,10 +184,10 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
 
     others = iter(
         (  # not computed before they are wanted
-            lambda: given("equal_rate", ground.complete(equal_rate(ground.sites, rates[0], method))),
+            lambda: given("equal_rate", ground.complete(equal_rate(every, rates[0], method))),
             lambda: given("weakened", _analytic(ground, method, _WEAKENING)),
             lambda: given("evbmf", _analytic(ground, method, 1.0)),
-            lambda: given("equal_rate", ground.complete(equal_rate(ground.sites, rates[1], method))),
+            lambda: given("equal_rate", ground.complete(equal_rate(every, rates[1], method))),
         )
     )
     for position, ratio in enumerate(_FIRST_RATIOS if first else _LATER_RATIOS):
@@ -203,6 +210,7 @@ def _allocated(
     plan = allocate(
         ground.sites,
         min(kept / ground.share({}, macs_share), 1.0),  # the allocator counts from the stage's own start
+        groups=ground.groups,
         cost={Cost.PARAMETERS: 1 - macs_share, Cost.MACS: macs_share},
         weights=weights,
         methods=methods,
@@ -215,14 +223,14 @@ def _allocated(
 def _analytic(ground: Ground, method: str, w: float) -> Plan:
     """The ranks of analytic variational Bayes, weakened: R - w (R - R_EVBMF) (MUSCO); w = 1 takes them as they are."""
     plan: Plan = {}
-    for site in ground.sites:
+    for site in (*ground.sites, *ground.groups):
         curve, chosen = site.curves.get(method, ()), site.evbmf.get(method, ())
         if not curve or len(chosen) != len(curve[0].ranks):
             continue
         full = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
         wanted = [weakened(rank, most, w) for rank, most in zip(chosen, full, strict=True)]
         point = min(curve, key=lambda p: (sum(abs(a - b) for a, b in zip(p.ranks, wanted, strict=True)), p.ranks))
-        plan[site.site] = SitePlan(method=method, ranks=point.ranks)
+        plan[site.site] = SitePlan(method=method, ranks=point.ranks, members=site.members)
     return ground.complete(plan)
 
 
@@ -237,5 +245,5 @@ def _ladder(site: SiteChoice, macs_share: float) -> list[tuple[SitePlan, CurvePo
     ladder: list[tuple[SitePlan, CurvePoint]] = []
     for share, error, method, point in sorted(every, key=lambda e: e[:3]):
         if share < 1.0 and (not ladder or error < ladder[-1][1].error):
-            ladder.append((SitePlan(method=method, ranks=point.ranks), point))
+            ladder.append((SitePlan(method=method, ranks=point.ranks, members=site.members), point))
     return ladder

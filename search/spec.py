@@ -7,9 +7,11 @@ Every value is frozen, refuses unknown fields, and round-trips through JSON
   direction: accuracy points as a fraction (0.005 = half a point), relative increase for a loss.
 * costs count the real module: ``parameters`` (elements, buffers excluded), ``macs`` (multiply-accumulates of one
   sample), ``bytes`` (of the stored tensors), ``latency_ms`` (median, milliseconds, one batch).
-* a *site* is what one decomposition replaces: today one layer, by its dotted name as the user wrote it.
+* a *site* is what one decomposition replaces: one layer, by its dotted name as the user wrote it; or several that are
+  decomposed together, by the name of their group (its members are then told). A plan has a layer in one site only.
 """
 
+import math
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -57,6 +59,7 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "TrialWork",
+    "entry_of",
 ]
 
 
@@ -130,8 +133,9 @@ METHOD_NAMES = (
     *("svd", "svd_input", "spatial_svd", "tucker2", "cp3", "cp4", "tt"),
     *("tt_matrix", "r_tt", "r_cp", "r_tucker"),
     *("shuffled_tt", "shuffled_tucker", "shuffled_cp"),
+    *("joint_tucker", "joint_mps"),
 )
-"""What ``JobSpec.methods`` may name: the keys of ``search.decompose.METHODS``, known here without torch."""
+"""What ``JobSpec.methods`` may name: the keys of ``search.decompose``'s METHODS and JOINT_METHODS, without torch."""
 
 
 class ExportFormat(StrEnum):
@@ -250,10 +254,32 @@ class SitePlan(Value):
     method: str
     ranks: tuple[Annotated[int, Field(ge=1)], ...]
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    members: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
+    """Of a site of several layers: each layer's place in the grid, counted from 0; empty: the site is one layer."""
+
+    @model_validator(mode="after")
+    def _places_fill_a_grid(self) -> "SitePlan":
+        places = list(self.members.values())
+        if places:
+            sizes = [max(along) + 1 for along in zip(*places, strict=False)]
+            alike = len({len(p) for p in places}) == 1
+            if len(places) < 2 or not alike or not len({*places}) == len(places) == math.prod(sizes):
+                raise ValueError(
+                    "members must have places that fill a grid of two or more, counted from 0, each once; got "
+                    f"{self.members}"
+                )
+        return self
 
 
 Plan = dict[str, SitePlan]
-"""Site name to its replacement; a site that is absent stays as it is."""
+"""Site name to its replacement; a layer that is in none stays as it is."""
+
+
+def entry_of(plan: Plan, layer: str) -> SitePlan | None:
+    """What replaces a layer, alone or with others; None: it stays."""
+    if layer in plan:
+        return plan[layer]
+    return next((entry for entry in plan.values() if layer in entry.members), None)
 
 
 class Layers(Value):
@@ -263,6 +289,9 @@ class Layers(Value):
     exclude: tuple[str, ...] = ()
     fixed: Plan = Field(default_factory=dict)
     """Sites whose replacement is given, not searched."""
+    groups: Literal["auto"] | dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = "auto"
+    """Which layers the joint methods may decompose together. ``auto``: all of one weight shape, placed in a grid by
+    the numbers and words in which their names differ. Else a name for each group, and glob patterns of its layers."""
 
 
 class FineTune(Value):
@@ -408,13 +437,19 @@ class CurvePoint(Value):
     parameters: int
     macs: int
     error: float
-    """Relative output error E||y - y^||^2 / E||y - E y||^2 on the calibration set."""
+    """Relative output error E||y - y^||^2 / E||y - E y||^2 on the calibration set; of a group, its members' mean."""
+    errors: tuple[float, ...] = ()
+    """Of a group: each member's."""
+    rise: float | None = None
+    """Of a group: predicted rise of the loss, the sum of what its members' own errors bring."""
 
 
 class SiteChoice(Value):
     """One site's error-versus-cost curves."""
 
     site: str
+    members: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Of a group: its layers, in the order of ``CurvePoint.errors``, and their places in the grid."""
     dense_parameters: int
     dense_macs: int
     curves: dict[str, tuple[CurvePoint, ...]]
@@ -440,6 +475,9 @@ class Profile(Value):
     costs: Costs
     """Of the *original* network, whatever the stage."""
     sites: tuple[SiteChoice, ...]
+    """Of the layers, one by one; together they are all that may change."""
+    groups: tuple[SiteChoice, ...] = ()
+    """Of layers together, each of which is one of ``sites`` too: an alternative to its members' own choices."""
     seconds: float
     notes: tuple[str, ...] = ()
 

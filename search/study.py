@@ -39,7 +39,11 @@ _CLOSED = 0.93
 
 def plan_key(plan: Plan) -> str:
     """Equal for equal plans, whatever the order of their sites."""
-    return repr(sorted((site, p.method, p.ranks, sorted(p.options.items())) for site, p in plan.items()))
+    return repr(
+        sorted(
+            (site, p.method, p.ranks, sorted(p.options.items()), sorted(p.members.items())) for site, p in plan.items()
+        )
+    )
 
 
 def ground_for(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], parent: int | None) -> Ground:

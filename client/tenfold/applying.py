@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import factorized_like
+from .layers import factorized_like, joint_like
 
 __all__ = ["apply"]
 
@@ -16,8 +16,9 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
 
     Args:
         module: the original network, as it was uploaded; it is not changed.
-        plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``).
-        tensors: every tensor of the compressed network by name (``model.safetensors``).
+        plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``). An entry with
+            ``members`` (layer name to place in a grid) replaces those layers by ones that share factors.
+        tensors: every tensor of the compressed network by name (``model.safetensors``); shared ones under one name.
 
     Raises:
         KeyError: the plan names a layer that the module lacks.
@@ -30,19 +31,31 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     """
     network = copy.deepcopy(module)
     for site, entry in plan.items():
-        try:
-            layer = network.get_submodule(site)
-        except AttributeError:
-            raise KeyError(f"the plan replaces {site!r}, but {type(module).__name__} has no such layer") from None
-        new = factorized_like(layer, entry["method"], entry["ranks"])
-        parent, _, name = site.rpartition(".")
-        setattr(network.get_submodule(parent), name, new)
+        members = entry.get("members") or {}
+        layers = {name: _layer(network, name) for name in members or (site,)}
+        new: Mapping[str, nn.Module]
+        if members:
+            new = joint_like(layers, entry["method"], entry["ranks"], members)
+        else:
+            new = {site: factorized_like(layers[site], entry["method"], entry["ranks"])}
+        for name, layer in new.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, layer)
     missing, unexpected = network.load_state_dict(dict(tensors), strict=False)
-    # Counters of batch norm are not needed to run; a file may leave them out.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    # Counters of batch norm are not needed to run; a file may leave them out. What layers share lies in it once.
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    given = {id(p) for name, p in parameters.items() if name in tensors}
+    missing = [n for n in missing if not n.endswith("num_batches_tracked") and id(parameters.get(n)) not in given]
     if missing or unexpected:
         raise ValueError(
             f"the tensors do not fit this network: missing {missing[:5]}, unexpected {list(unexpected)[:5]}; "
             "use the model.safetensors that was exported with this plan.json"
         )
     return network
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise KeyError(f"the plan replaces {name!r}, but {type(module).__name__} has no such layer") from None

@@ -1,9 +1,13 @@
-"""The decompositions, one file each, behind one small interface (``base.Method``)."""
+"""The decompositions, one file each, behind one small interface (``base.Method``; of several layers together,
+``joint.JointMethod``)."""
 
 from search.decompose.base import Fit, Method
 from search.decompose.by_kind import ByKind
 from search.decompose.cp3 import CP3
 from search.decompose.cp4 import CP4
+from search.decompose.joint import Group, JointFit, JointMethod, group_of
+from search.decompose.joint_mps import JointMPS
+from search.decompose.joint_tucker import JointTucker
 from search.decompose.r_cp import RCP
 from search.decompose.r_tt import RTT
 from search.decompose.r_tucker import RTucker
@@ -16,7 +20,7 @@ from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 from search.recurrent import RECURRENT
 
-__all__ = ["AUTO", "METHODS", "Fit", "Method"]
+__all__ = ["AUTO", "JOINT_METHODS", "METHODS", "Fit", "Group", "JointFit", "JointMethod", "Method", "group_of"]
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -26,7 +30,13 @@ METHODS: dict[str, Method] = {
         *(ShuffledTT(), ShuffledTucker(), ShuffledCP()),
     )
 }
-"""Every method by its name."""
+"""Every method of one layer by its name."""
 
-AUTO: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod))
+JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), JointMPS())}
+"""Every method of several layers by its name."""
+
+AUTO: tuple[str, ...] = (
+    *(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod)),
+    *JOINT_METHODS,
+)
 """What ``methods: "auto"`` mixes. Shuffled kernels save no multiplications and take longest to fit: by name only."""

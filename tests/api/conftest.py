@@ -25,6 +25,7 @@ from search.spec import (
     LayerInfo,
     Metric,
     ModelInfo,
+    Plan,
     Profile,
     ProfileWork,
     Rung,
@@ -158,15 +159,17 @@ class Service:
         with self.db.begin() as s:
             assert jobs.apply_work(s, job_id, seen.version, work)
 
-    def searching_job(self, trials: int = 1, **more: Any) -> str:
+    def searching_job(
+        self, trials: int = 1, *, profile: Profile = PROFILE, plan: Plan | None = None, **more: Any
+    ) -> str:
         """Profiled, with ``trials`` queued."""
         job_id = self.new_job(**more)
         self.inspect()
         self.apply(job_id, [ProfileWork(stage=0, parent=None)])
         task = self.claim()
         with self.db.begin() as s:
-            assert tasks.complete_profile(s, task.id, task.attempt, PROFILE)
-        plan = {"fc": SitePlan(method="svd", ranks=(2,))}
+            assert tasks.complete_profile(s, task.id, task.attempt, profile)
+        plan = plan or {"fc": SitePlan(method="svd", ranks=(2,))}
         work = [TrialWork(number=n, stage=0, parent=None, params={}, plan=plan, rung=Rung.CHEAP) for n in range(trials)]
         self.apply(job_id, work)
         return job_id

@@ -2,7 +2,7 @@ import pytest
 
 from db import jobs, tasks
 from db.tables import AssetState, Dataset
-from search.decompose import METHODS
+from search.decompose import JOINT_METHODS, METHODS
 from search.spec import METHOD_NAMES, Rung, TrialWork
 
 
@@ -99,6 +99,16 @@ def test_a_rejected_model_is_refused_with_its_reason(service):
         ({"export": []}, "invalid_request", "at least one"),
         ({"layers": {"fixed": {"fc": {"method": "svd", "ranks": [0]}}}}, "invalid_request", "ranks"),
         ({"layers": {"fixed": {"fc": {"method": "qr", "ranks": [1]}}}}, "unknown_method", "qr"),
+        (
+            {
+                "layers": {
+                    "fixed": {"two": {"method": "joint_mps", "ranks": [2, 1, 1], "members": {"a": [0], "b": [2]}}}
+                }
+            },
+            "invalid_request",
+            "fill a grid",
+        ),
+        ({"layers": {"groups": {"two": []}}}, "invalid_request", "layers.groups"),
         ({"colour": "red"}, "unknown_field", "'red' arrived"),
         ({"search": {"trials": 0}}, "invalid_request", "search.trials"),
     ],
@@ -151,7 +161,7 @@ def test_top5_of_a_few_classes_is_refused(service):
 
 
 def test_the_methods_the_api_knows_are_those_there_are():
-    assert set(METHOD_NAMES) == set(METHODS)
+    assert set(METHOD_NAMES) == {*METHODS, *JOINT_METHODS}
 
 
 def test_too_many_unfinished_jobs_are_refused(small_service):

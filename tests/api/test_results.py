@@ -4,7 +4,9 @@ import time
 
 import pytest
 
-from search.spec import EpochRecord, Outcome, Rung
+from search.spec import CurvePoint, EpochRecord, Outcome, Rung, SiteChoice, SitePlan
+
+from .conftest import PROFILE
 
 CONTENT = b"0123456789" * 200_000  # two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -16,7 +18,7 @@ def test_trials_come_with_the_result_of_their_highest_rung(on_both):
     on_both.complete_trial(on_both.result(curve=curve))
     first, second = on_both.get(f"/v1/jobs/{job}/trials").json()["items"]
     assert (first["number"], first["state"], first["result"]["drop"]) == (0, "done", 0.005)
-    assert first["plan"]["fc"] == {"method": "svd", "ranks": [2], "options": {}}
+    assert first["plan"]["fc"] == {"method": "svd", "ranks": [2], "options": {}, "members": {}}
     assert first["result"]["curve"] == []
     assert (second["state"], second["result"]) == ("queued", None)
     alone = on_both.get(f"/v1/jobs/{job}/trials/0").json()
@@ -55,6 +57,24 @@ def test_layers_before_and_after(on_both):
     assert (fc["error"], fc["sensitivity"]) == (0.25, 1.5)
     assert (norm["method"], norm["parameters_after"], norm["compressible"]) == (None, 10, False)
     assert on_both.get(f"/v1/jobs/{job}/layers", params={"trial": 9}).status_code == 404
+
+
+def test_a_layer_that_shares_factors_shows_its_part_of_them(on_both):
+    members = {"fc": (0,), "head": (1,)}
+    point = CurvePoint(ranks=(2, 3, 3), parameters=91, macs=701, error=0.2, errors=(0.1, 0.3), rise=0.4)
+    group = SiteChoice(
+        site="pair", members=members, dense_parameters=180, dense_macs=1600, curves={"joint_tucker": (point,)}
+    )
+    profile = PROFILE.model_copy(update={"groups": (group,)})
+    plan = {"pair": SitePlan(method="joint_tucker", ranks=(2, 3, 3), members=members)}
+    job = on_both.searching_job(profile=profile, plan=plan)
+    on_both.complete_trial(on_both.result())
+    fc, norm = on_both.get(f"/v1/jobs/{job}/layers").json()["layers"]
+    assert (fc["method"], fc["ranks"], fc["together"]) == ("joint_tucker", [2, 3, 3], ["fc", "head"])
+    assert (fc["parameters_after"], fc["macs_after"], fc["error"]) == (46, 351, 0.1)
+    assert norm["together"] == []
+    trial = on_both.get(f"/v1/jobs/{job}/trials/0").json()
+    assert trial["plan"]["pair"]["members"] == {"fc": [0], "head": [1]}
 
 
 def test_events_are_told_in_order_and_gone_on_from(on_both):

@@ -49,3 +49,37 @@ def test_tensors_of_another_plan_are_refused_with_their_names() -> None:
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="tucker2"):
         apply(network(), {"3": {"method": "magic", "ranks": [2]}}, {})
+
+
+def twins() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+JOINT = {"twins": {"method": "joint_tucker", "ranks": [2, 3, 4], "members": {"1": [0], "3": [1]}}}
+
+
+def test_layers_that_share_factors_come_back_from_tensors_that_hold_them_once() -> None:
+    from tenfold.layers import joint_like
+
+    compressed = twins()
+    new = joint_like(
+        {n: compressed.get_submodule(n) for n in ("1", "3")}, "joint_tucker", (2, 3, 4), {"1": (0,), "3": (1,)}
+    )
+    for name, layer in new.items():
+        replace(compressed, name, layer)
+    once = {name: t for name, t in compressed.state_dict().items() if not name.startswith("3.shared.")}
+    again = apply(twins(), JOINT, once)
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(again(x), compressed(x))
+    again(x).sum().backward()
+    assert again[1].shared.first is again[3].shared.first
+    assert len(list(again.parameters())) == len(once)
+    with pytest.raises(ValueError, match=r"missing \['1\.shared\.core', '3\.shared\.core'"):
+        apply(twins(), JOINT, {name: t for name, t in once.items() if not name.endswith("core")})
+
+
+def test_a_plan_whose_member_is_missing_is_refused_by_its_name() -> None:
+    plan = {"twins": JOINT["twins"] | {"members": {"1": [0], "7": [1]}}}
+    with pytest.raises(KeyError, match="'7'"):
+        apply(twins(), plan, {})

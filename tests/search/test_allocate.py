@@ -112,3 +112,58 @@ def test_equal_rate_keeps_the_rate_at_every_site() -> None:
 def test_a_point_off_the_curve_cannot_be_predicted() -> None:
     with pytest.raises(BadRequest, match=r"svd \(77,\)"):
         predicted({"a": SitePlan(method="svd", ranks=(77,))}, [site("a", 0.4)])
+
+
+def group(name: str, members: list[SiteChoice], rises: list[float]) -> SiteChoice:
+    """Joint points whose costs are shares of the members' together."""
+    dense = sum(s.dense_parameters for s in members)
+    points = tuple(
+        CurvePoint(ranks=(r, r), parameters=r * dense // 8, macs=r * dense, error=0.5, errors=(0.5, 0.5), rise=rise)
+        for r, rise in enumerate(rises, start=1)
+    )
+    return SiteChoice(
+        site=name,
+        members={s.site: (i,) for i, s in enumerate(members)},
+        dense_parameters=dense,
+        dense_macs=10 * dense,
+        curves={"joint": points},
+    )
+
+
+def test_layers_are_taken_together_only_where_that_is_better_as_every_combination_shows() -> None:
+    sites = [site(name, steepness) for name, steepness in zip("abcde", (0.2, 0.5, 0.9, 0.4, 0.3), strict=True)]
+    groups = [group("ab", sites[:2], [0.9, 0.4, 0.3]), group("ce", [sites[2], sites[4]], [1.1, 0.6, 0.05])]
+    taken: set[str] = set()
+    for target in (0.12, 0.2, 0.3, 0.45, 0.7):
+        best = float("inf")
+        for joint in itertools.product((False, True), repeat=2):
+            used = [g for g, yes in zip(groups, joint, strict=True) if yes]
+            members = {name for g in used for name in g.members}
+            free = [s for s in sites if s.site not in members]
+            for chosen in itertools.product(*(g.curves["joint"] for g in used)):
+                left = target * 5000 - sum(p.parameters for p in chosen)
+                for own in itertools.product(*([None, *s.curves["svd"][::2]] for s in free)):
+                    spent = sum(
+                        s.dense_parameters if p is None else p.parameters for s, p in zip(free, own, strict=True)
+                    )
+                    if spent <= left:
+                        rises = [p.rise or 0.0 for p in chosen] + [p.error for p in own if p is not None]
+                        best = min(best, sum(rises))
+        plan = allocate(sites, target, groups=groups)
+        parameters, _, loss = predicted(plan, sites, groups)
+        assert parameters <= target * 5000
+        assert loss <= 1.0001 * best
+        for g in groups:
+            assert g.site not in plan or not plan.keys() & g.members.keys()
+            assert g.site not in plan or plan[g.site].members == g.members
+        taken |= plan.keys()
+    assert {"ab", "b", "ce", "c"} <= taken  # each way is the better one somewhere
+
+
+def test_a_group_weighs_and_is_forbidden_like_any_site() -> None:
+    sites = [site("a", 0.2), site("b", 0.2)]
+    groups = [group("ab", sites, [0.2])]
+    assert "ab" in allocate(sites, 0.3, groups=groups)
+    assert "ab" not in allocate(sites, 0.3, groups=groups, weights={"ab": 50.0})
+    assert "ab" not in allocate(sites, 0.3, groups=groups, methods={"svd"})
+    assert "ab" in equal_rate([*sites, *groups], 0.3, "joint")

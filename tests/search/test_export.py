@@ -77,7 +77,7 @@ def counted(network: nn.Module) -> dict[str, object]:
 
 
 def layer(name: str, method: str | None, ranks: list[int], dense: int, now: int) -> dict[str, object]:
-    sizes = {"dense_parameters": dense, "parameters": now}
+    sizes = {"dense_parameters": dense, "parameters": now, "together": 0}
     return {"name": name, "kind": "Conv2d", "method": method, "ranks": ranks, **sizes}
 
 

@@ -16,12 +16,15 @@ from search.space import FullSpace, GuidedSpace, space_for, starts
 from search.spec import (
     Budget,
     Cost,
+    CurvePoint,
     FineTune,
     JobSpec,
     Outcome,
+    Profile,
     Rung,
     Sampler,
     SearchSpec,
+    SiteChoice,
     SitePlan,
     Space,
     TrialRecord,
@@ -197,3 +200,64 @@ def test_methods_and_layers_of_the_request_are_respected() -> None:
 def test_the_loop_imports_no_torch() -> None:
     check = "import sys, search.stages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def grouped(surface: Surface) -> Profile:
+    """The surface's profile with two pairs of layers that may be decomposed together."""
+    profile = surface.profile(0)
+    groups = []
+    for pair in (profile.sites[0:2], profile.sites[2:4]):
+        dense = sum(s.dense_parameters for s in pair), sum(s.dense_macs for s in pair)
+        points = tuple(
+            CurvePoint(
+                ranks=(2, r),
+                parameters=dense[0] * r // 10,
+                macs=dense[1] * r // 10,
+                error=0.5 / r,
+                errors=(0.5 / r,) * 2,
+                rise=0.02 / r,
+            )
+            for r in range(1, 8)
+        )
+        members = {s.site: (i,) for i, s in enumerate(pair)}
+        groups.append(
+            SiteChoice(
+                site="+".join(members),
+                members=members,
+                dense_parameters=dense[0],
+                dense_macs=dense[1],
+                curves={"joint_tucker": points},
+                evbmf={"joint_tucker": (2, 3)},
+                sensitivity=sum(s.sensitivity for s in pair),
+            )
+        )
+    return profile.model_copy(update={"groups": tuple(groups)})
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_plans_take_layers_together_or_apart_and_never_both(space: Space) -> None:
+    surface, spec = Surface(1, blocks=3, max_drop=0.03), job(space=space)
+    profile = grouped(surface)
+    ground = ground_of(spec, profile, None)
+    assert len(ground.groups) == 2
+    works = next_trials(spec, profile, [], 24)
+    together = 0
+    for work in works:
+        parameters, macs = ground.costs(work.plan)
+        assert parameters < profile.costs.parameters
+        assert macs > 0
+        for group in profile.groups:
+            if group.site in work.plan:
+                together += 1
+                assert work.plan[group.site].members == group.members
+                assert not work.plan.keys() & group.members.keys()
+    assert 0 < together < 2 * len(works)
+
+
+def test_a_grouped_point_of_the_full_space_survives_the_way_to_params_and_back() -> None:
+    surface, spec = Surface(1, blocks=3, max_drop=0.03), job(space=Space.FULL)
+    space = FullSpace(spec, ground_of(spec, grouped(surface), None))
+    for value, joint in ((0.3, True), (0.7, False)):
+        plan = space.plan(dict.fromkeys(space.distributions(), value))
+        assert any(entry.members for entry in plan.values()) == joint
+        assert space.plan(space.params_of(plan)) == plan

@@ -90,17 +90,24 @@ export function curvesChart(element, job, detail) {
 
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 
+/** How many layers share a replacement's factors; 0: it is one layer's own. */
+const together = (plan) => Object.keys(plan.members ?? {}).length;
+
+/** What replaces a layer in a plan, alone or with others. */
+const entryOf = (plan, name) => plan[name] ?? Object.values(plan).find((p) => name in (p.members ?? {}));
+
 /** How much of a layer's full rank a replacement keeps, in (0, 1]: two ranks are one for each channel side. */
 function rankShare(layer, plan) {
   const [out, into, ...rest] = layer.weight;
-  if (plan.ranks.length === 2) return Math.sqrt((plan.ranks[0] * plan.ranks[1]) / (out * into));
+  const sides = together(plan) ? plan.ranks.slice(-2) : plan.ranks;
+  if (sides.length === 2) return Math.sqrt((sides[0] * sides[1]) / (out * into));
   return Math.min(1, Math.max(...plan.ranks) / Math.min(out, into * product(rest)));
 }
 
 /** Rank of every layer in every trial; the table of trials and each trial's plan have the figures. */
 export function ranksChart(element, layers, trials) {
   const rows = layers.filter((l) => l.compressible).reverse();
-  const cell = (make) => rows.map((l) => trials.map((t) => make(l, t.plan[l.name])));
+  const cell = (make) => rows.map((l) => trials.map((t) => make(l, entryOf(t.plan, l.name))));
   draw(element, [{ type: "heatmap", x: trials.map((t) => t.number), y: rows.map((l) => l.name), zmin: 0, zmax: 1,
     z: cell((l, p) => (p ? rankShare(l, p) : 1)), text: cell((l, p) => (p ? `${p.method} ${p.ranks.join("×")}` : "unchanged")),
     hovertemplate: "trial %{x}, %{y}<br>%{text}<extra></extra>", colorscale: [[0, css("--accent")], [1, css("--soft")]],

@@ -145,7 +145,7 @@ function drawTables(tables, job, { trials, front, layers: { layers }, events, fi
     { name: "Layer", show: (l) => l.name },
     { name: "Kind", show: (l) => l.kind },
     { name: "Weight", show: (l) => l.weight.join("×") },
-    { name: "Becomes", wrap: true, show: (l) => (l.method ? `${l.method}, rank ${l.ranks.join("×")}` : l.compressible ? "unchanged" : `unchanged: ${l.reason}`) },
+    { name: "Becomes", wrap: true, show: (l) => (l.method ? `${l.method}, rank ${l.ranks.join("×")}${l.together.length ? `, shared by ${l.together.length} layers` : ""}` : l.compressible ? "unchanged" : `unchanged: ${l.reason}`) },
     { name: "Sensitivity", num: true, show: (l) => l.sensitivity?.toFixed(3) },
     { name: "Parameters", num: true, show: (l) => count(l.parameters) },
     { name: "after", num: true, show: (l) => count(l.parameters_after ?? l.parameters) },

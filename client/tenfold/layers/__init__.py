@@ -1,5 +1,6 @@
 """The factorized layers: plain modules that train, export and load like any other. Each stands for one dense layer
-exactly. Where a method takes both Linear and convolutions, it has a class for each.
+exactly. Where a method takes both Linear and convolutions, it has a class for each. ``LAYERS`` are those that stand
+alone; ``joint_like`` makes several that share factors.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .chains import (
     Tucker2Conv,
     Tucker2ConvTranspose,
 )
+from .joint import JointLayer, JointMPS, JointTucker, joint_like
 from .recurrent import LowRankGRU, LowRankLSTM
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
@@ -38,6 +40,9 @@ __all__ = [
     "FactorizedLayer",
     "InputLowRankConv",
     "InputLowRankConvTranspose",
+    "JointLayer",
+    "JointMPS",
+    "JointTucker",
     "LowRankConv",
     "LowRankConvTranspose",
     "LowRankEmbedding",
@@ -61,6 +66,7 @@ __all__ = [
     "Tucker2Conv",
     "Tucker2ConvTranspose",
     "factorized_like",
+    "joint_like",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
