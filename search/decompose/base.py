@@ -35,6 +35,7 @@ __all__ = [
     "conv_of",
     "conv_reason",
     "fill",
+    "floor_of",
     "geometry",
     "input_positions",
     "middle_positions",
@@ -119,7 +120,7 @@ class Problem:
     target: Tensor
     """B: (out, in * taps)."""
     moments: Tensor
-    """C with its ridge: (in * taps, in * taps)."""
+    """C with its ridge: (in * taps, in * taps), or its diagonal, (in * taps,), where nothing else is in it."""
     rows: Tensor
     """M's diagonal: (out,)."""
     floor: float
@@ -134,12 +135,26 @@ class Problem:
     @cached_property
     def base(self) -> float:
         """The error of V = 0 without the floor: ||M B C^1/2||^2."""
-        return float(((self.weighed @ self.moments) * self.weighed).sum())
+        return float((self.spread(self.weighed) * self.weighed).sum())
+
+    @cached_property
+    def white(self) -> bool:
+        """C is the identity: the plain weight error, for which much has a closed form."""
+        return self.moments.dim() == 1 and bool((self.moments == 1).all())
+
+    @cached_property
+    def full(self) -> Tensor:
+        """C as a matrix, whatever it is."""
+        return torch.diag(self.moments) if self.moments.dim() == 1 else self.moments
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``rows @ C``: (rows, in * taps)."""
+        return rows * self.moments if self.moments.dim() == 1 else rows @ self.moments
 
     def error(self, weight: Tensor) -> float:
         """E||M(y - V x)||^2 of a candidate ``V``: (out, in * taps)."""
         gap = self.rows[:, None] * (self.target - weight)
-        return self.floor + float(((gap @ self.moments) * gap).sum())
+        return self.floor + float((self.spread(gap) * gap).sum())
 
 
 def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | None = None) -> list[Problem]:
@@ -157,8 +172,7 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
         w, m = weight[g].cpu(), rows[g]
         if statistics is None:
             energy = float((m[:, None] * w).square().sum())
-            eye = torch.eye(w.shape[1], dtype=torch.float64)
-            solved.append(Problem(w, eye, m, 0.0, max(energy, 1e-30)))
+            solved.append(Problem(w, torch.ones(w.shape[1], dtype=w.dtype), m, 0.0, max(energy, 1e-30)))
             continue
         c, d = statistics.second[g], statistics.cross[g]
         scale = float(c.diagonal().mean())
@@ -179,6 +193,11 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
 def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
     """Groups' absolute errors as one relative error."""
     return sum(errors) / sum(p.energy for p in parts)
+
+
+def floor_of(parts: Sequence[Problem]) -> float:
+    """The relative error that no linear map of the input can take away."""
+    return relative(parts, [p.floor for p in parts])
 
 
 def geometry(layer: nn.Module) -> tuple[int, Tensor]:

@@ -13,6 +13,7 @@ from search.calibrate import Statistics
 from search.decompose.base import (
     CONVS,
     Fit,
+    Problem,
     bias_parameters,
     conv_reason,
     fill,
@@ -74,7 +75,7 @@ class SVD:
         parts = problems(layer, statistics, metric)
         lasts, firsts, errors = [], [], []
         for part in parts:
-            values, vectors = _spectrum(part.weighed, part.moments)
+            values, vectors = _spectrum(part)
             u = vectors[:, :r]
             last, first = u / part.rows[:, None], u.T @ part.weighed
             # Equal norms on both sides of each channel: what gradient descent and low precision like.
@@ -94,7 +95,7 @@ class SVD:
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
         parts = problems(layer, statistics, metric)
-        spectra = [_spectrum(p.weighed, p.moments)[0] for p in parts]
+        spectra = [_singular_squares(p) for p in parts]
         points = []
         for ranks in self.ranks(layer):
             parameters, macs = self.cost(layer, ranks, output_positions)
@@ -104,7 +105,18 @@ class SVD:
         return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
 
 
-def _spectrum(weighed: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+def _spectrum(part: Problem) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors of ``M B C B' M``: (out,), (out, out)."""
-    values, vectors = torch.linalg.eigh(weighed @ moments @ weighed.T)
+    values, vectors = torch.linalg.eigh(part.spread(part.weighed) @ part.weighed.T)
     return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _singular_squares(part: Problem) -> Tensor:
+    """The same eigenvalues alone; of the shorter side where C allows it."""
+    weighed = part.weighed
+    if part.white and weighed.shape[0] > weighed.shape[1]:
+        weighed = weighed.T
+        gram = weighed @ weighed.T
+    else:
+        gram = part.spread(weighed) @ weighed.T
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
