@@ -114,15 +114,20 @@ def regressors(problem: Problem, p: Tensor, taps: int) -> Tensor:
     c, d = projected(problem, p, taps)
     if c.dim() == 1:
         return d
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(c), d.T, upper=False).T
+    seen: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(c), d.T, upper=False).T
+    return seen
 
 
 def projected(problem: Problem, p: Tensor, taps: int) -> tuple[Tensor, Tensor]:
     """Moments of the projected input, (r * taps, r * taps) or (r * taps,) where white, and ``M B C P'``."""
     r, a = p.shape
-    if problem.white and float((p @ p.T - torch.eye(r, dtype=p.dtype)).abs().max()) < 1e-9:
+    if problem.white:
         d = (p @ problem.weighed.reshape(-1, a, taps)).flatten(1)
-        return torch.ones(r * taps, dtype=p.dtype), d
+        c = p @ p.T
+        if float((c - torch.eye(r, dtype=p.dtype)).abs().max()) < 1e-9:
+            return torch.ones(r * taps, dtype=p.dtype), d
+        c = torch.einsum("rs,tu->rtsu", c, torch.eye(taps, dtype=p.dtype)).reshape(r * taps, r * taps)
+        return c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype), d
     half = (p @ problem.full.reshape(a, taps * a * taps)).reshape(r * taps, a, taps)
     c = (p @ half).reshape(r * taps, r * taps)
     d = problem.weighed @ half.reshape(r * taps, a * taps).T
@@ -163,11 +168,15 @@ def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
 def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
     """A better ``p`` for a given ``q`` (out, r * taps): conjugate gradients on its normal equations, from ``p``.
 
-    In single precision, both sides brought to size one: the error is flat around its least, and is told by ``solve``.
+    Where C is the identity they come apart by input and are solved at once. Else in single precision, both sides
+    brought to size one: the error is flat around its least, and is told by ``solve``.
     """
     r, a = p.shape
-    moments = problem.full.reshape(a, taps, a, taps)
     weighed = (problem.rows[:, None] * q).reshape(-1, r, taps)
+    if problem.white:
+        seen = torch.einsum("ort,oat->ra", weighed, problem.weighed.reshape(-1, a, taps))
+        return _inverse(torch.einsum("ort,ost->rs", weighed, weighed)) @ seen
+    moments = problem.full.reshape(a, taps, a, taps)
     gram = torch.einsum("ort,osu->rtsu", weighed, weighed)
     cross = problem.spread(problem.weighed).reshape(-1, a, taps)
     right = torch.einsum("ort,oat->ra", weighed, cross)

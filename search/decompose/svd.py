@@ -119,4 +119,5 @@ def _singular_squares(part: Problem) -> Tensor:
         gram = weighed @ weighed.T
     else:
         gram = part.spread(weighed) @ weighed.T
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    return squares

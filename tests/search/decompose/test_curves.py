@@ -1,10 +1,11 @@
 """What the curves are made of: all ranks from one factorization, and few fits for many points."""
 
+import numpy as np
 import pytest
 import torch
 
 from search.decompose.base import Problem
-from search.decompose.projection import alternate, errors_of_inputs, errors_of_ranks, project, solve
+from search.decompose.projection import alternate, errors_of_inputs, errors_of_ranks, project, refine, solve
 from search.decompose.tightening import tightened
 from search.spec import CurvePoint
 
@@ -53,6 +54,25 @@ def test_alternating_in_the_plain_norm_lowers_the_error_of_the_start() -> None:
     part = problem(white=True)
     start = project(part, TAPS)[:2]
     assert alternate(part, start, TAPS, 3, 5)[1].error(3) < 0.999 * solve(part, start, TAPS).error(3)
+
+
+def test_inputs_that_are_not_orthonormal_explain_as_much_in_the_plain_norm() -> None:
+    part = problem(white=True)
+    p = project(part, TAPS)[:3]
+    mixed = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.1, 0.0, 3.0]], dtype=p.dtype) @ p
+    assert solve(part, mixed, TAPS).error(4) == pytest.approx(solve(part, p, TAPS).error(4), abs=1e-6)
+
+
+def test_the_best_inputs_in_the_plain_norm_are_a_least_squares_solution() -> None:
+    part = problem(white=True)
+    p, nested = project(part, TAPS)[:2], solve(part, project(part, TAPS)[:2], TAPS)
+    q = nested.weight(3)
+    better = refine(part, p, q, TAPS)
+    # Every (output, tap) is an equation in each input's two unknowns.
+    equations = (part.rows[:, None, None] * q.reshape(-1, 2, TAPS)).transpose(1, 2).reshape(-1, 2)
+    wanted = part.weighed.reshape(-1, 5, TAPS).transpose(1, 2).reshape(-1, 5)
+    expected = torch.from_numpy(np.linalg.lstsq(equations.numpy(), wanted.numpy(), rcond=None)[0])
+    torch.testing.assert_close(better, expected, rtol=1e-4, atol=1e-4)
 
 
 def points(*errors: float) -> list[CurvePoint]:
