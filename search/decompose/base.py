@@ -37,6 +37,7 @@ __all__ = [
     "conv_reason",
     "dense_cost",
     "fill",
+    "floor_of",
     "geometry",
     "input_positions",
     "middle_positions",
@@ -130,7 +131,7 @@ class Problem:
     target: Tensor
     """B: (out, in * taps)."""
     moments: Tensor
-    """C with its ridge: (in * taps, in * taps); an Embedding's is its diagonal, (tokens,)."""
+    """C with its ridge: (in * taps, in * taps), or its diagonal, (in * taps,), where nothing else is in it."""
     rows: Tensor
     """M's diagonal: (out,)."""
     floor: float
@@ -146,6 +147,16 @@ class Problem:
     def base(self) -> float:
         """The error of V = 0 without the floor: ||M B C^1/2||^2."""
         return float((self.spread(self.weighed) * self.weighed).sum())
+
+    @cached_property
+    def white(self) -> bool:
+        """C is the identity: the plain weight error, for which much has a closed form."""
+        return self.moments.dim() == 1 and bool((self.moments == 1).all())
+
+    @cached_property
+    def full(self) -> Tensor:
+        """C as a matrix, whatever it is."""
+        return torch.diag(self.moments) if self.moments.dim() == 1 else self.moments
 
     def spread(self, rows: Tensor) -> Tensor:
         """``rows @ C``: (rows, in * taps)."""
@@ -172,8 +183,7 @@ def problems(layer: nn.Module, statistics: Statistics | None, metric: Tensor | N
         w, m = weight[g].cpu(), rows[g]
         if statistics is None:
             energy = float((m[:, None] * w).square().sum())
-            eye = torch.eye(w.shape[1], dtype=torch.float64)
-            solved.append(Problem(w, eye, m, 0.0, max(energy, 1e-30)))
+            solved.append(Problem(w, torch.ones(w.shape[1], dtype=w.dtype), m, 0.0, max(energy, 1e-30)))
             continue
         if isinstance(layer, nn.Embedding):
             solved.append(_look_up(layer, w, m, statistics))
@@ -214,6 +224,11 @@ def _look_up(layer: nn.Embedding, w: Tensor, m: Tensor, statistics: Statistics) 
 def relative(parts: Sequence[Problem], errors: Sequence[float]) -> float:
     """Groups' absolute errors as one relative error."""
     return sum(errors) / sum(p.energy for p in parts)
+
+
+def floor_of(parts: Sequence[Problem]) -> float:
+    """The relative error that no linear map of the input can take away."""
+    return relative(parts, [p.floor for p in parts])
 
 
 def geometry(layer: nn.Module) -> tuple[int, Tensor]:

@@ -20,15 +20,16 @@ Ranks grow along a lattice: the terms of one rank and the leading terms of what 
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from search.calibrate import Statistics
-from search.decompose.base import Fit, Problem, bias_parameters, fill, geometry, problems, relative, thin
+from search.decompose.base import Fit, Problem, bias_parameters, fill, floor_of, geometry, problems, relative, thin
 from search.decompose.projection import conjugate_gradients
+from search.decompose.tightening import tightened
 from search.decompose.variational import by_inputs, by_outputs, variational_rank
 from search.matrices import weight_of
 from search.spec import CurvePoint
@@ -40,8 +41,10 @@ PENALTY = 1e-4
 RANKS, LARGE_RANKS = 24, 10
 """Ranks on the lattice, for kernels up to ``LARGE`` weights and above."""
 LARGE = 1 << 20
-GROWTH_SWEEPS = 20
-"""Plain sweeps at each rank of the lattice."""
+GROWTH_SWEEPS, GROWTH_GAIN = 12, 1e-3
+"""Plain sweeps at each rank of the lattice, in single precision, and the part of the error that one must gain."""
+REFITTED, CURVE_SWEEPS = 5, 2
+"""Points of a curve that are fitted further, and for how many sweeps; the others follow them (``tightening``)."""
 PLAIN_SWEEPS, EXACT_SWEEPS, WARM_SWEEPS = 60, 8, 2
 """Sweeps at the rank that is wanted; exact ones from a fitted start."""
 WORK = 3e9
@@ -101,7 +104,7 @@ class CP:
         path = [r for (r,) in self.ranks(layer) if r < ranks[0]] + [ranks[0]]
         links, errors = [], []
         for g, part in enumerate(parts):
-            whitened = _whiten(part, self.modes(layer), statistics is None)
+            whitened = _whiten(part, self.modes(layer))
             if start is None:
                 terms, error = _fit(whitened, path)
             else:
@@ -124,15 +127,25 @@ class CP:
         parts = problems(layer, statistics, metric)
         lattice = self.ranks(layer)
         path = [r for (r,) in lattice]
-        curves = [_errors(_whiten(p, self.modes(layer), statistics is None), path) for p in parts]
+        whites = [_whiten(part, self.modes(layer)) for part in parts]
+        grown = [dict(zip(path, _grow(white, path), strict=True)) for white in whites]
         sizes = None if statistics is None else statistics.input_sizes
         points = []
-        for ranks, lost in zip(lattice, zip(*curves, strict=True), strict=True):
+        for ranks in lattice:
+            lost = [_refit(w, terms[ranks[0]], exact=True)[1] for w, terms in zip(whites, grown, strict=True)]
             errors = [part.floor + error for part, error in zip(parts, lost, strict=True)]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            ends = [
+                _sweeps(w, terms[ranks[0]], CURVE_SWEEPS, exact=True)[1] for w, terms in zip(whites, grown, strict=True)
+            ]
+            return relative(parts, [part.floor + error for part, error in zip(parts, ends, strict=True)])
+
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, REFITTED), dense)
 
     def _factors(self, start: nn.Module) -> list[Tensor]:
         """A fitted layer's links as (out, R) and (groups * R, size), float64."""
@@ -158,17 +171,16 @@ class _Whitened:
     """||T C^1/2||^2."""
 
 
-def _whiten(part: Problem, sizes: Sequence[int], white: bool) -> _Whitened:
-    """``white``: C is the identity already."""
+def _whiten(part: Problem, sizes: Sequence[int]) -> _Whitened:
     t = part.weighed
-    if white:
+    if part.white:
         eyes = tuple(torch.eye(size, dtype=t.dtype) for size in sizes)
         return _Whitened(t.reshape(-1, *sizes), t, None, eyes, part.base)
     roots, unroots = [], []
     scale = 1.0
     for m, size in enumerate(sizes):
         before, after = math.prod(sizes[:m]), math.prod(sizes[m + 1 :])
-        blocks = part.moments.reshape(before, size, after, before, size, after)
+        blocks = part.full.reshape(before, size, after, before, size, after)
         mean = torch.einsum("asbatb->st", blocks) / (before * after * scale)
         # The scale of C belongs to the first mode alone.
         scale = scale if m else float(mean.diagonal().mean())
@@ -177,7 +189,7 @@ def _whiten(part: Problem, sizes: Sequence[int], white: bool) -> _Whitened:
         roots.append((vectors * values.sqrt()) @ vectors.T)
         unroots.append((vectors / values.sqrt()) @ vectors.T)
     t = _along_modes(roots, t.T).T
-    c = _along_modes(unroots, _along_modes(unroots, part.moments).T)
+    c = _along_modes(unroots, _along_modes(unroots, part.full).T)
     return _Whitened(t.reshape(-1, *sizes), t @ c, c, tuple(unroots), part.base)
 
 
@@ -188,11 +200,6 @@ def _along_modes(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
         x = torch.matmul(matrix, x.reshape(done, len(matrix), -1))
         done *= len(matrix)
     return x.reshape(shape)
-
-
-def _errors(w: _Whitened, path: Sequence[int]) -> list[float]:
-    """The errors along ``path`` with the outputs' factor refitted; ``_fit`` is never worse."""
-    return [_refit(w, terms, exact=True)[1] for terms in _grow(w, path)]
 
 
 def _fit(w: _Whitened, path: Sequence[int]) -> tuple[Terms, float]:
@@ -214,14 +221,21 @@ def _resume(w: _Whitened, part: Problem, links: Sequence[Tensor]) -> tuple[Terms
 
 
 def _grow(w: _Whitened, path: Iterable[int]) -> Iterator[Terms]:
-    """Terms at each of the rising ranks of ``path``, as if C were the identity."""
-    terms = _spectral(w.target, 0)
+    """Terms at each of the rising ranks of ``path``, as if C were the identity.
+
+    In single precision, the target brought to norm one: nothing here is final.
+    """
+    size = w.target.norm().clamp_min(1e-150)
+    target = (w.target / size).float()
+    plain = replace(w, target=target, cross=target.flatten(1), moments=None)
+    terms = _spectral(target, 0)
     for rank in path:
-        rest = w.target - (terms[0] @ _features(terms[1:]).T).reshape(w.target.shape)
+        rest = target - (terms[0] @ _features(terms[1:]).T).reshape(target.shape)
         new = _spectral(rest, rank - terms[0].shape[1])
         joined = tuple(torch.cat(both, 1) for both in zip(terms, new, strict=True))
-        terms, _ = _sweeps(w, joined, GROWTH_SWEEPS, exact=False)
-        yield terms
+        terms, _ = _sweeps(plain, joined, GROWTH_SWEEPS, exact=False, gain=GROWTH_GAIN)
+        out, *modes = (factor.double() for factor in terms)
+        yield (out * size, *modes)
 
 
 def _spectral(t: Tensor, count: int) -> Terms:
@@ -249,8 +263,8 @@ def _orthogonal_terms(t: Tensor) -> Terms:
     return tuple(torch.cat(factors, 1) for factors in zip(*parts, strict=True))
 
 
-def _sweeps(w: _Whitened, terms: Terms, most: int, *, exact: bool) -> tuple[Terms, float]:
-    """At most ``most`` sweeps, as long as they gain something and are affordable; the result with its error.
+def _sweeps(w: _Whitened, terms: Terms, most: int, *, exact: bool, gain: float = 1e-5) -> tuple[Terms, float]:
+    """At most ``most`` affordable sweeps, as long as each gains ``gain`` of the error; the result with its error.
 
     Unless ``exact``, both as if C were the identity; then at least one sweep is made.
     """
@@ -259,11 +273,11 @@ def _sweeps(w: _Whitened, terms: Terms, most: int, *, exact: bool) -> tuple[Term
     terms, error = _refit(w, terms, exact=exact)
     for _ in range(min(most, int(WORK / work) if exact else max(1, int(WORK / work)))):
         found, new = _sweep(w, terms, exact=exact)
-        gain = error - new
-        if gain <= 0:
+        gained = error - new
+        if gained <= 0:
             break
         terms, error = found, new
-        if gain < 1e-5 * error:
+        if gained < gain * error:
             break
     return terms, error
 
@@ -278,7 +292,7 @@ def _sweep(w: _Whitened, terms: Terms, *, exact: bool) -> tuple[Terms, float]:
         gram = outputs * _gram([*modes[:m], *modes[m + 1 :]])
         right = _contract(pulled, modes, m)
         modes[m] = _exact_mode(w, modes, m, right, outputs, gram) if exact else _solved(right, gram)
-    return _refit(w, (out, *(mode / mode.norm(dim=0).clamp_min(1e-150) for mode in modes)), exact=exact)
+    return _refit(w, (out, *(mode / mode.norm(dim=0).clamp_min(_tiny(mode)) for mode in modes)), exact=exact)
 
 
 def _exact_mode(w: _Whitened, modes: Sequence[Tensor], m: int, right: Tensor, outputs: Tensor, gram: Tensor) -> Tensor:
@@ -315,8 +329,8 @@ def _features(modes: Sequence[Tensor]) -> Tensor:
 
 def _gram(modes: Sequence[Tensor]) -> Tensor:
     """Inner products of the columns of ``_features(modes)``: (R, R)."""
-    product = torch.ones((), dtype=torch.float64)
-    for mode in modes:
+    product = modes[0].T @ modes[0]
+    for mode in modes[1:]:
         product = product * (mode.T @ mode)
     return product
 
@@ -339,9 +353,14 @@ def _inflated(gram: Tensor) -> Tensor:
 
 def _root(gram: Tensor) -> Tensor:
     """The Cholesky factor of normal equations, some of whose terms may be zero."""
-    jitter = 1e-12 * gram.diagonal().mean() + 1e-200
+    jitter = 1e3 * torch.finfo(gram.dtype).eps * gram.diagonal().mean() + _tiny(gram)
     root: Tensor = torch.linalg.cholesky(gram + jitter * torch.eye(len(gram), dtype=gram.dtype))
     return root
+
+
+def _tiny(x: Tensor) -> float:
+    """What may be added to a number, or divided by, without harm."""
+    return 1e-150 if x.dtype == torch.float64 else 1e-30
 
 
 def _solved(right: Tensor, gram: Tensor) -> Tensor:

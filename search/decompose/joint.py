@@ -226,7 +226,7 @@ class Pool:
         a, t = self.in_, self.taps
         pooled = torch.zeros(a, a, dtype=torch.float64)
         for p in parts:
-            blocks = p.moments.reshape(a, t, a, t).diagonal(dim1=1, dim2=3)
+            blocks = p.full.reshape(a, t, a, t).diagonal(dim1=1, dim2=3)
             pooled += p.rows.square().mean() * blocks.mean(-1)
         values, vectors = torch.linalg.eigh(pooled)
         values = values.clamp_min(float(values.max()) * 1e-12 + 1e-300)
@@ -234,7 +234,7 @@ class Pool:
         self.unroot = (vectors / values.sqrt()) @ vectors.T
         root = (vectors * values.sqrt()) @ vectors.T
         self.parts = [self._whitened(p, root) for p in parts]
-        self.crosses = [p.target @ p.moments for p in self.parts]
+        self.crosses = [p.spread(p.target) for p in self.parts]
         self.weights = torch.stack([p.rows.square() for p in self.parts])
         """M^2: (members, out)."""
         self.rows = self.weights.mean(0).sqrt()
@@ -242,7 +242,7 @@ class Pool:
 
     def _whitened(self, problem: Problem, root: Tensor) -> Problem:
         a, t = self.in_, self.taps
-        moments = problem.moments.reshape(a, t * a * t)
+        moments = problem.full.reshape(a, t * a * t)
         moments = (self.unroot @ moments).reshape(a * t, a, t).transpose(1, 2) @ self.unroot
         target = problem.target.reshape(-1, a, t).transpose(1, 2) @ root
         return replace(
@@ -257,7 +257,7 @@ class Pool:
         found = []
         for part, cross, p in zip(self.parts, self.crosses, firsts, strict=True):
             low = len(p)
-            half = (p @ part.moments.reshape(a, t * a * t)).reshape(low * t, a, t)
+            half = (p @ part.full.reshape(a, t * a * t)).reshape(low * t, a, t)
             second = (half.transpose(1, 2) @ p.T).transpose(1, 2).reshape(low * t, low * t)
             d = (cross.reshape(-1, a, t).transpose(1, 2) @ p.T).transpose(1, 2).reshape(-1, low * t)
             found.append(Projected((second + second.T) / 2, d))
@@ -348,7 +348,7 @@ class Pool:
             left += torch.einsum("rtst->rs", gram)
             wanted = torch.einsum("ort,oat->ra", weighed, cross.reshape(-1, a, t))
             right += v[:, None, None] * wanted
-            applies.append(_inner_operator(gram, part.moments, a, t))
+            applies.append(_inner_operator(gram, part.full, a, t))
 
         def apply(first: Tensor) -> Tensor:
             moved = torch.stack(

@@ -16,19 +16,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search.decompose.base import Problem
 from search.matrices import weight_of
 
 __all__ = [
+    "CURVE_SWEEPS",
     "SWEEPS",
     "WARM_SWEEPS",
     "Nested",
     "alternate",
     "conjugate_gradients",
+    "errors_of_inputs",
+    "errors_of_ranks",
     "project",
+    "projected",
     "refine",
+    "refitted",
+    "regressors",
     "restrict",
     "solve",
     "starts",
@@ -38,6 +45,10 @@ ITERATIONS = 12
 """Conjugate-gradient steps of one sweep over P."""
 SWEEPS = 8
 WARM_SWEEPS = 2
+REFITTED, CURVE_SWEEPS = 5, 2
+"""Points of a curve that are refitted, and for how many rounds; the other points follow them (``tightening``)."""
+CURVE_WORK = 1e11
+"""Multiply-adds that refitting may take for a whole curve: about two seconds on one core."""
 
 
 @dataclass
@@ -63,9 +74,11 @@ class Nested:
 
 def project(problem: Problem, taps: int) -> Tensor:
     """All input projections at once: (A, A), row by row in falling importance; the first r rows are P of rank r."""
+    if problem.white:
+        return _leading_inputs(problem.weighed, taps)
     n = problem.moments.shape[0]
     a = n // taps
-    blocks = problem.moments.reshape(a, taps, a, taps).diagonal(dim1=1, dim2=3)
+    blocks = problem.full.reshape(a, taps, a, taps).diagonal(dim1=1, dim2=3)
     values, vectors = torch.linalg.eigh(blocks.mean(-1))
     values = values.clamp_min(float(values.max()) * 1e-12 + 1e-300)
     root = (vectors * values.sqrt()) @ vectors.T
@@ -76,46 +89,123 @@ def project(problem: Problem, taps: int) -> Tensor:
     return factor
 
 
+def _leading_inputs(matrix: Tensor, taps: int) -> Tensor:
+    """(A, A): an orthonormal basis of the inputs of ``matrix`` (rows, A * taps), in falling importance, by rows."""
+    unfolded = matrix.reshape(len(matrix), -1, taps).transpose(0, 1).flatten(1)
+    basis: Tensor = torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(-1).T
+    return basis
+
+
 def restrict(problem: Problem, p: Tensor, taps: int) -> Problem:
     """The problem of what follows ``p`` (r, A): its input has r * taps entries, its floor what ``p`` has lost."""
-    r, a = p.shape
-    moments = problem.moments.reshape(a, taps, a, taps)
-    half = torch.einsum("ri,itju->rtju", p, moments)
-    c = torch.einsum("rtju,sj->rtsu", half, p).reshape(r * taps, r * taps)
-    d = problem.weighed @ half.reshape(r * taps, a * taps).T
-    c = c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype)
-    b = torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
+    c, d = projected(problem, p, taps)
+    b = d if c.dim() == 1 else torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
     lost = problem.base - float((b * d).sum())
     return Problem(b / problem.rows[:, None], c, problem.rows, problem.floor + max(lost, 0.0), problem.energy)
+
+
+def regressors(problem: Problem, p: Tensor, taps: int) -> Tensor:
+    """``M B C P' L^-T`` with ``L L'`` the projected moments: (out, r * taps), all ranks of ``p`` (r, A) at once.
+
+    Its squared norm is what the best Q explains, and its Gram matrix has the eigenvalues of ``Nested.gains``. The
+    leading blocks of a Cholesky factor are the factors of the leading blocks, so that the first ``s * taps`` columns
+    are those of the first ``s`` rows of ``p``.
+    """
+    c, d = projected(problem, p, taps)
+    if c.dim() == 1:
+        return d
+    seen: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(c), d.T, upper=False).T
+    return seen
+
+
+def projected(problem: Problem, p: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """Moments of the projected input, (r * taps, r * taps) or (r * taps,) where white, and ``M B C P'``."""
+    r, a = p.shape
+    if problem.white:
+        d = (p @ problem.weighed.reshape(-1, a, taps)).flatten(1)
+        c = p @ p.T
+        if float((c - torch.eye(r, dtype=p.dtype)).abs().max()) < 1e-9:
+            return torch.ones(r * taps, dtype=p.dtype), d
+        c = torch.einsum("rs,tu->rtsu", c, torch.eye(taps, dtype=p.dtype)).reshape(r * taps, r * taps)
+        return c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype), d
+    half = (p @ problem.full.reshape(a, taps * a * taps)).reshape(r * taps, a, taps)
+    c = (p @ half).reshape(r * taps, r * taps)
+    d = problem.weighed @ half.reshape(r * taps, a * taps).T
+    return c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(len(c), dtype=c.dtype), d
+
+
+def errors_of_inputs(problem: Problem, p: Tensor, taps: int) -> Tensor:
+    """E||M(y - V x)||^2 with the first 0, 1, .. r rows of ``p`` (r, A) and their best Q: (r + 1,)."""
+    gains = regressors(problem, p, taps).square().sum(0).reshape(len(p), taps).sum(1)
+    return problem.floor + (problem.base - F.pad(gains.cumsum(0), (1, 0))).clamp_min(0)
+
+
+def errors_of_ranks(problem: Problem, p: Tensor, taps: int, inputs: Sequence[int]) -> dict[int, Tensor]:
+    """For each of the rising numbers ``inputs`` of rows of ``p``, the errors at output ranks 0, 1, ..: (ranks + 1,)."""
+    seen = regressors(problem, p, taps)
+    found, done = {}, 0
+    gram = seen.new_zeros(len(seen), len(seen))
+    for r in inputs:
+        block = seen[:, done * taps : r * taps]
+        gram, done = gram + block @ block.T, r
+        # The same eigenvalues, of the shorter side.
+        few = seen[:, : r * taps]
+        values = torch.linalg.eigvalsh(few.T @ few if r * taps < len(seen) else gram).flip(0).clamp_min(0)
+        found[r] = problem.floor + (problem.base - F.pad(values.cumsum(0), (1, 0))).clamp_min(0)
+    return found
 
 
 def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
     """The best second factor for a given ``p`` (r, A), all output ranks from one eigendecomposition."""
     rest = restrict(problem, p, taps)
     b = rest.weighed
-    values, vectors = torch.linalg.eigh(b @ rest.moments @ b.T)
+    values, vectors = torch.linalg.eigh(rest.spread(b) @ b.T)
     keep = min(b.shape)
     values, vectors = values.flip(0)[:keep].clamp_min(0), vectors.flip(1)[:, :keep]
     return Nested(vectors / problem.rows[:, None], vectors.T @ b, values, problem.base)
 
 
 def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
-    """A better ``p`` for a given ``q`` (out, r * taps): conjugate gradients on its normal equations, from ``p``."""
+    """A better ``p`` for a given ``q`` (out, r * taps): conjugate gradients on its normal equations, from ``p``.
+
+    Where C is the identity they come apart by input and are solved at once. Else in single precision, both sides
+    brought to size one: the error is flat around its least, and is told by ``solve``.
+    """
     r, a = p.shape
-    moments = problem.moments.reshape(a, taps, a, taps)
     weighed = (problem.rows[:, None] * q).reshape(-1, r, taps)
+    if problem.white:
+        seen = torch.einsum("ort,oat->ra", weighed, problem.weighed.reshape(-1, a, taps))
+        return _inverse(torch.einsum("ort,ost->rs", weighed, weighed)) @ seen
+    moments = problem.full.reshape(a, taps, a, taps)
     gram = torch.einsum("ort,osu->rtsu", weighed, weighed)
-    cross = (problem.weighed @ problem.moments).reshape(-1, a, taps)
+    cross = problem.spread(problem.weighed).reshape(-1, a, taps)
     right = torch.einsum("ort,oat->ra", weighed, cross)
-    mixing = gram.permute(0, 1, 3, 2).reshape(r * taps * taps, r)
-    spread = moments.permute(3, 1, 0, 2).reshape(taps * taps * a, a)
+    mixing, mixing_size = _single(gram.permute(0, 1, 3, 2).reshape(r * taps * taps, r))
+    spread, spread_size = _single(moments.permute(3, 1, 0, 2).reshape(taps * taps * a, a))
+    right, right_size = _single(right / (mixing_size * spread_size))
 
     def apply(x: Tensor) -> Tensor:
         return (mixing @ x).reshape(r, taps * taps * a) @ spread
 
-    left = _inverse(torch.einsum("rtst->rs", gram))
-    center = _inverse(moments.diagonal(dim1=1, dim2=3).mean(-1))
-    return conjugate_gradients(apply, lambda residual: left @ residual @ center, p, right, ITERATIONS)
+    left, _ = _single(_inverse(torch.einsum("rtst->rs", gram)))
+    center, _ = _single(_inverse(moments.diagonal(dim1=1, dim2=3).mean(-1)))
+    begin = (p / right_size).float()
+    found = conjugate_gradients(apply, lambda residual: left @ residual @ center, begin, right, ITERATIONS)
+    return found.double() * right_size
+
+
+def _single(x: Tensor) -> tuple[Tensor, float]:
+    """``x`` in float32 with a largest entry of one, and what that entry was."""
+    size = max(float(x.abs().max()), 1e-300)
+    return (x / size).float(), size
+
+
+def refitted(parts: Sequence[Problem], taps: int, inputs: int) -> int:
+    """How many points of a curve ``alternate`` may be run for: those of about ``inputs`` rows of P, one round each."""
+    a = len(parts[0].moments) // taps
+    out, n = parts[0].target.shape
+    round_work = out * n * min(out, n) if parts[0].white else ITERATIONS * inputs * (taps * a) ** 2
+    return min(REFITTED, int(CURVE_WORK / (CURVE_SWEEPS * len(parts) * round_work)))
 
 
 def conjugate_gradients(
@@ -141,13 +231,21 @@ def conjugate_gradients(
 
 
 def alternate(problem: Problem, p: Tensor, taps: int, out_rank: int | None, sweeps: int) -> tuple[Tensor, Nested]:
-    """``sweeps`` rounds of Q for P, P for Q; never worse than the start."""
+    """``sweeps`` rounds of Q for P, P for Q; never worse than the start.
+
+    Where C is the identity a round is one of HOOI (De Lathauwer, De Moor and Vandewalle 2000): the leading inputs of
+    what Q's outputs see; with all outputs the start is that already.
+    """
     nested = solve(problem, p, taps)
     rank = len(nested.gains) if out_rank is None else min(out_rank, len(nested.gains))
     for _ in range(sweeps):
-        better = refine(problem, p, nested.weight(rank), taps)
-        # An orthonormal basis of the same row space: keeps C_P well conditioned and changes nothing else.
-        better = torch.linalg.qr(better.T).Q.T
+        if problem.white:
+            seen = (problem.rows[:, None] * nested.last[:, :rank]).T @ problem.weighed
+            better = _leading_inputs(seen, taps)[: len(p)]
+        else:
+            better = refine(problem, p, nested.weight(rank), taps)
+            # An orthonormal basis of the same row space: keeps C_P well conditioned and changes nothing else.
+            better = torch.linalg.qr(better.T).Q.T
         found = solve(problem, better, taps)
         if found.error(rank) >= nested.error(rank):
             break

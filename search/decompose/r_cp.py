@@ -283,7 +283,7 @@ def _nested(part: Problem, modes: Modes, ranks: Sequence[int]) -> tuple[_Terms, 
     images = torch.empty_like(weights)
     for i, (a, b) in enumerate(blocks):
         weight = part.rows[:, None] * terms[a:b].weight()
-        weights[i], images[i] = weight.flatten(), (weight @ part.moments).flatten()
+        weights[i], images[i] = weight.flatten(), part.spread(weight).flatten()
     # Unit diagonal: the last terms are small, and a ridge relative to the first would drop them.
     scale = (weights * images).sum(1).clamp_min(1e-300).rsqrt()
     gram = (weights @ images.T) * scale[:, None] * scale
@@ -291,7 +291,7 @@ def _nested(part: Problem, modes: Modes, ranks: Sequence[int]) -> tuple[_Terms, 
     right = scale * (images @ part.weighed.flatten())
     seen = torch.linalg.solve_triangular(lower, right[:, None], upper=False)
     coefficients = scale * torch.linalg.solve_triangular(lower.T, seen, upper=True)[:, 0]
-    base = float(((part.weighed @ part.moments) * part.weighed).sum())
+    base = part.base
     explained = [0.0, *seen[:, 0].square().cumsum(0).tolist()]
     by_end = {b: max(base - e, 0.0) for (_, b), e in zip(blocks, explained[1:], strict=True)}
     spread = torch.cat([c.expand(b - a) for c, (a, b) in zip(coefficients, blocks, strict=True)])
@@ -318,9 +318,9 @@ def _alternate(part: Problem, terms: _Terms, modes: Modes, sweeps: int) -> tuple
     if _too_large(part, modes, len(terms.factor1)):
         return terms, error
     (s1, s2), (t1, t2), k = modes.s, modes.t, modes.taps
-    c = part.moments.reshape(s1, s2, k, s1, s2, k)
+    c = part.full.reshape(s1, s2, k, s1, s2, k)
     crossed = c.permute(1, 0, 2, 4, 3, 5)
-    cross = (part.target @ part.moments).reshape(t1, t2, s1, s2, k)
+    cross = part.spread(part.target).reshape(t1, t2, s1, s2, k)
     weight = part.rows.square().reshape(t1, t2)
     ahead = c.reshape(s1, s2 * k, s1, s2 * k)
     behind = crossed.reshape(s2, s1 * k, s2, s1 * k)
@@ -364,14 +364,14 @@ def _filters(part: Problem, terms: _Terms, modes: Modes) -> Tensor:
     a = torch.einsum("rts,ruv->rtusv", terms.factor1, terms.factor2).reshape(r, -1, sources)
     weighed = part.rows[:, None] * a
     flat = weighed.flatten(1)
-    c = part.moments.reshape(sources, k, sources, k)
+    c = part.full.reshape(sources, k, sources, k)
     normal = torch.empty(r, k, r, k, dtype=flat.dtype)
     for j in range(k):
         for i in range(j + 1):
             block = (weighed @ c[:, j, :, i]).flatten(1) @ flat.T
             normal[:, j, :, i] = block
             normal[:, i, :, j] = block.T
-    cross = (part.weighed @ part.moments).reshape(-1, sources * k)
+    cross = part.spread(part.weighed).reshape(-1, sources * k)
     right = torch.einsum("rts,tsk->rk", weighed, cross.reshape(len(cross), sources, k))
     return _proximal(normal.reshape(1, r * k, r * k), right.reshape(1, -1), terms.spatial.reshape(1, -1)).reshape(r, k)
 

@@ -29,6 +29,7 @@ from search.decompose.base import (
     relative,
     thin,
 )
+from search.decompose.projection import projected
 from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separable
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
@@ -94,10 +95,7 @@ class RTucker:
         found, errors = [], []
         for g, part in enumerate(parts):
             if start is None:
-                whole = _hosvd(part, modes)
-                factors = _Factors(
-                    whole.in1[: ranks[0]], whole.in2[: ranks[1]], whole.out1[:, : ranks[2]], whole.out2[:, : ranks[3]]
-                )
+                factors = _cut(_hosvd(part, modes), ranks)
             else:
                 kept = (start.get_parameter(n)[g].detach().to("cpu", torch.float64) for n in _NAMES)
                 factors = _Factors(*kept)
@@ -213,15 +211,18 @@ def _hosvd(part: Problem, modes: Modes) -> _Factors:
     return _Factors(in1, in2, out1, out2)
 
 
+def _cut(f: _Factors, ranks: Sequence[int]) -> _Factors:
+    """The leading ranks of full factors."""
+    return _Factors(f.in1[: ranks[0]], f.in2[: ranks[1]], f.out1[:, : ranks[2]], f.out2[:, : ranks[3]])
+
+
 def _inputs(part: Problem, p: Tensor, modes: Modes) -> tuple[Tensor, Tensor]:
     """``p``: (r, S), shared by the taps. Whitened regressors: L of its moments, (r k, r k), and M B C P' L^-T."""
-    k = modes.taps
-    r, sources = p.shape
-    half = (p @ part.moments.reshape(sources, k * sources * k)).reshape(r * k, sources * k)
-    c = torch.einsum("nsk,rs->nrk", half.reshape(r * k, sources, k), p).reshape(r * k, r * k)
-    c = c + 1e-10 * c.diagonal().mean().clamp_min(1e-300) * torch.eye(r * k, dtype=c.dtype)
+    c, d = projected(part, p, modes.taps)
+    if c.dim() == 1:
+        return torch.diag(c), d
     lower = torch.linalg.cholesky(c)
-    return lower, torch.linalg.solve_triangular(lower, half @ part.weighed.T, upper=False).T
+    return lower, torch.linalg.solve_triangular(lower, d.T, upper=False).T
 
 
 def _order(path: list[tuple[int, int]], full: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -242,7 +243,7 @@ def _explained(part: Problem, modes: Modes) -> tuple[float, Tensor]:
     _, seen = _inputs(part, _kron(factors.in1, factors.in2)[columns], modes)
     basis = torch.linalg.qr(part.rows[:, None] * _kron(factors.out1, factors.out2)[:, rows]).Q
     energy = (basis.T @ seen).square().cumsum(0).cumsum(1)
-    base = float(((part.weighed @ part.moments) * part.weighed).sum())
+    base = part.base
     ends = torch.tensor(low) * modes.taps - 1
     return base, energy[torch.tensor(high) - 1][:, ends]
 
@@ -254,7 +255,7 @@ def _core(part: Problem, factors: _Factors, modes: Modes) -> tuple[Tensor, float
     kept = basis.T @ seen
     core = torch.linalg.solve_triangular(upper, kept, upper=True)
     core = torch.linalg.solve_triangular(lower, core, upper=False, left=False)
-    base = float(((part.weighed @ part.moments) * part.weighed).sum())
+    base = part.base
     return core.reshape(len(core), -1, modes.taps), max(base - float(kept.square().sum()), 0.0)
 
 
@@ -281,8 +282,8 @@ def _better_input(part: Problem, f: _Factors, core: Tensor, modes: Modes, one: b
     k = modes.taps
     fixed = f.in2 if one else f.in1
     r, n = (f.in1 if one else f.in2).shape
-    c = part.moments.reshape(*modes.s, k, *modes.s, k)
-    cross = (part.rows[:, None] * (part.weighed @ part.moments)).reshape(-1, *modes.s, k)
+    c = part.full.reshape(*modes.s, k, *modes.s, k)
+    cross = (part.rows[:, None] * part.spread(part.weighed)).reshape(-1, *modes.s, k)
     g = (_kron(f.out1, f.out2) @ core.flatten(1)).reshape(-1, len(f.in1), len(f.in2), k)
     if not one:
         c, cross, g = c.permute(1, 0, 2, 4, 3, 5), cross.transpose(1, 2), g.transpose(1, 2)
@@ -302,8 +303,8 @@ def _better_output(part: Problem, f: _Factors, core: Tensor, modes: Modes, one: 
     """``out1`` (or ``out2``), each of its rows by normal equations of its own, its columns made orthonormal."""
     z = torch.einsum("bak,as->bsk", core, _kron(f.in1, f.in2)).flatten(1)
     own, fixed = (f.out1, f.out2) if one else (f.out2, f.out1)
-    gram = (z @ part.moments @ z.T).reshape(f.out1.shape[1], f.out2.shape[1], f.out1.shape[1], f.out2.shape[1])
-    cross = (part.target @ part.moments @ z.T).reshape(*modes.t, f.out1.shape[1], f.out2.shape[1])
+    gram = (part.spread(z) @ z.T).reshape(f.out1.shape[1], f.out2.shape[1], f.out1.shape[1], f.out2.shape[1])
+    cross = (part.spread(part.target) @ z.T).reshape(*modes.t, f.out1.shape[1], f.out2.shape[1])
     weight = part.rows.square().reshape(modes.t)
     if not one:
         gram, cross, weight = gram.permute(1, 0, 3, 2), cross.permute(1, 0, 3, 2), weight.T

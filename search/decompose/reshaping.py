@@ -76,9 +76,13 @@ def separable(problem: Problem, modes: Modes) -> Separable:
     (s1, s2), k = modes.s, modes.taps
     log = problem.rows.log().reshape(modes.t)
     m1, m2 = log.mean(1).exp(), (log.mean(0) - log.mean()).exp()
-    c = problem.moments.reshape(s1, s2, k, s1, s2, k)
-    total = problem.moments.diagonal().sum()
-    pairs = [_roots(torch.einsum(form, c) / total) for form in ("abcdbc->ad", "abcaec->be", "abcabf->cf")]
+    if problem.white:
+        traces = [torch.eye(size, dtype=torch.float64) / size for size in (s1, s2, k)]
+    else:
+        c = problem.full.reshape(s1, s2, k, s1, s2, k)
+        total = problem.full.diagonal().sum()
+        traces = [torch.einsum(form, c) / total for form in ("abcdbc->ad", "abcaec->be", "abcabf->cf")]
+    pairs = [_roots(trace) for trace in traces]
     b = problem.target.reshape(*modes.t, s1, s2, k) * m1[:, None, None, None, None] * m2[:, None, None, None]
     whitened = torch.einsum("tuabc,ad,be,cf->tudef", b, *(root for root, _ in pairs))
     return Separable((m1, m2), (pairs[0][1], pairs[1][1], pairs[2][1]), whitened)

@@ -244,7 +244,7 @@ class _Task:
         self.floor = sum(p.floor for p in self.parts)
         self._shape = target.shape
         self._metric = torch.stack([p.rows.square() for p in self.parts])[..., None]
-        self._moments = None if statistics is None else torch.stack([p.moments for p in self.parts])
+        self._moments = None if statistics is None else torch.stack([p.full for p in self.parts])
         self._target = unshuffle(target.flatten(), self.amounts)
 
     @property

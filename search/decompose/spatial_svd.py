@@ -16,6 +16,7 @@ from search.decompose.base import (
     conv2d_of,
     conv2d_sizes,
     fill,
+    floor_of,
     geometry,
     middle_positions,
     problems,
@@ -24,7 +25,17 @@ from search.decompose.base import (
     separable_reason,
     thin,
 )
-from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
+from search.decompose.projection import (
+    CURVE_SWEEPS,
+    SWEEPS,
+    WARM_SWEEPS,
+    alternate,
+    errors_of_inputs,
+    project,
+    refitted,
+    starts,
+)
+from search.decompose.tightening import tightened
 from search.decompose.variational import by_rows, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
@@ -94,13 +105,23 @@ class SpatialSVD:
         parts = problems(layer, statistics, metric)
         bases = [project(p, columns) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
+        lattice = self.ranks(layer)
+        most = lattice[-1][0]
+        lost = [errors_of_inputs(part, basis[:most], columns) for part, basis in zip(parts, bases, strict=True)]
         points = []
-        for ranks in self.ranks(layer):
-            errors = []
-            for part, basis in zip(parts, bases, strict=True):
-                nested = solve(part, basis[: ranks[0]], columns)
-                errors.append(part.floor + nested.error(len(nested.gains)))
+        for ranks in lattice:
+            errors = [float(e[ranks[0]]) for e in lost]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            ends = [
+                alternate(p, b[: ranks[0]], columns, None, CURVE_SWEEPS)[1] for p, b in zip(parts, bases, strict=True)
+            ]
+            return relative(parts, [p.floor + n.error(len(n.gains)) for p, n in zip(parts, ends, strict=True)])
+
+        # The plain start cannot be improved.
+        count = 0 if statistics is None else refitted(parts, columns, most // 2)
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)

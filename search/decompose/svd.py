@@ -108,7 +108,7 @@ class SVD:
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
         parts = problems(layer, statistics, metric)
-        spectra = [spectrum(p)[0] for p in parts]
+        spectra = [_singular_squares(p) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in self.ranks(layer):
@@ -122,3 +122,15 @@ def spectrum(part: Problem) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors of ``M B C B' M``: (out,), (out, out)."""
     values, vectors = torch.linalg.eigh(part.spread(part.weighed) @ part.weighed.T)
     return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _singular_squares(part: Problem) -> Tensor:
+    """The same eigenvalues alone; of the shorter side where C allows it."""
+    weighed = part.weighed
+    if part.white and weighed.shape[0] > weighed.shape[1]:
+        weighed = weighed.T
+        gram = weighed @ weighed.T
+    else:
+        gram = part.spread(weighed) @ weighed.T
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    return squares

@@ -27,7 +27,7 @@ from torch import Tensor
 from search.decompose.base import Problem
 from tenfold.layers.tensor_train import build
 
-__all__ = ["Train", "Whitened", "equal_norms", "refit", "tt_round", "tt_svd", "tt_unfolding", "whiten"]
+__all__ = ["Train", "Whitened", "equal_norms", "refit", "train_matrix", "tt_round", "tt_svd", "tt_unfolding", "whiten"]
 
 Train = list[Tensor]
 
@@ -111,26 +111,39 @@ class Whitened:
 
 def whiten(problem: Problem, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]) -> Whitened:
     """The problem in white coordinates and its TT-SVD at the highest ranks that will be asked for."""
-    target, moments, metric = problem.target, problem.moments, problem.rows.square()
+    target, metric = problem.target, problem.rows.square()
     scale = torch.ones_like(metric)[:, None]
-    row_factors, column_factors = [], []
+    row_factors = []
     for k, o in enumerate(out_modes):
         means = metric.reshape(math.prod(out_modes[:k]), o, -1).mean((0, 2))
         row_factors.append((means / metric.mean()).sqrt().diag())
         scale = _along_rows(scale, out_modes, k, row_factors[-1])
+    if problem.white:
+        column_factors = [torch.eye(i, dtype=target.dtype) for i in in_modes]
+        moments = problem.moments
+    else:
+        target, moments, column_factors = _white_columns(problem, in_modes)
+    white = Problem(scale * target, moments, problem.rows / scale[:, 0], problem.floor, problem.energy)
+    return Whitened(white, tt_svd(white.target, out_modes, in_modes, rank), tuple(row_factors), tuple(column_factors))
+
+
+def _white_columns(problem: Problem, in_modes: Sequence[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """B and C with every column digit whitened, and the factors C_k^1/2 that did it."""
+    target = problem.target
+    moments = problem.full
+    factors = []
     for k, i in enumerate(in_modes):
         before, behind = math.prod(in_modes[:k]), math.prod(in_modes[k + 1 :])
-        blocks = problem.moments.reshape(before, i, behind, before, i, behind)
+        blocks = problem.full.reshape(before, i, behind, before, i, behind)
         values, vectors = torch.linalg.eigh(torch.einsum("aibajb->ij", blocks))
         values = values.clamp_min(1e-6 * float(values.max()) + 1e-300)
         # Of mean square 1, so that C keeps its size whatever the number of modes.
         root = (vectors * (values / values.mean()).sqrt()) @ vectors.T
-        column_factors.append(root)
+        factors.append(root)
         target = _along_rows(target.T, in_modes, k, root).T
         unroot = torch.linalg.inv(root)
         moments = _along_rows(_along_rows(moments, in_modes, k, unroot).T, in_modes, k, unroot)
-    white = Problem(scale * target, moments, problem.rows / scale[:, 0], problem.floor, problem.energy)
-    return Whitened(white, tt_svd(white.target, out_modes, in_modes, rank), tuple(row_factors), tuple(column_factors))
+    return target, moments, factors
 
 
 def refit(problem: Problem, cores: Train, *, sweeps: int, macs: float) -> tuple[Train, float]:
@@ -139,11 +152,13 @@ def refit(problem: Problem, cores: Train, *, sweeps: int, macs: float) -> tuple[
     Returns the train and its error E||M(y - V x)||^2.
     """
     metric = problem.rows.square()[:, None]
-    gap = problem.target - _matrix(cores)
-    pull = metric * (gap @ problem.moments)  # W (B - V) C: minus half the gradient with respect to V
+    gap = problem.target - train_matrix(cores)
+    pull = metric * problem.spread(gap)  # W (B - V) C: minus half the gradient with respect to V
     error = float((gap * pull).sum())
     # Products with C that each core may take; few sweeps of many steps do more than many of few.
-    products = int(macs / (len(cores) * gap.numel() * gap.shape[1]))
+    # One with the identity costs nothing beside those with the cores.
+    product = gap.numel() * (max(len(core) for core in cores) if problem.white else gap.shape[1])
+    products = int(macs / (len(cores) * product))
     sweeps = min(sweeps, max(1, products // STEPS))
     steps = min(STEPS, products // sweeps)
     for _ in range(sweeps if steps else 0):
@@ -151,14 +166,14 @@ def refit(problem: Problem, cores: Train, *, sweeps: int, macs: float) -> tuple[
         behind = _products_behind(cores)
         before = torch.ones(1, 1, 1, dtype=gap.dtype)
         for k in range(len(cores)):
-            cores[k], pull = _better_core(cores[k], before, behind[k], problem.moments, metric, pull, steps)
+            cores[k], pull = _better_core(cores[k], before, behind[k], problem, pull, steps)
             if k + 1 < len(cores):
                 r, o, i, s = cores[k].shape
                 q, rest = torch.linalg.qr(cores[k].reshape(r * o * i, s))
                 cores[k], cores[k + 1] = q.reshape(r, o, i, -1), torch.tensordot(rest, cores[k + 1], 1)
                 joined = torch.einsum("abr,rois->aobis", before, cores[k])
                 before = joined.reshape(before.shape[0] * o, before.shape[1] * i, -1)
-        found = float(((problem.target - _matrix(cores)) * pull).sum())
+        found = float(((problem.target - train_matrix(cores)) * pull).sum())
         gain, error = error - found, found
         if gain < TOLERANCE * error:
             break
@@ -173,10 +188,11 @@ def equal_norms(cores: Train) -> Train:
 
 
 def _better_core(
-    core: Tensor, before: Tensor, behind: Tensor, moments: Tensor, metric: Tensor, pull: Tensor, steps: int
+    core: Tensor, before: Tensor, behind: Tensor, problem: Problem, pull: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Conjugate gradients on a core beside ``before`` (O_<, I_<, r) and ``behind`` (s, O_>, I_>); and the new pull."""
     _, o, i, _ = core.shape
+    metric = problem.rows.square()[:, None]
     digits = (before.shape[0], o, behind.shape[1], before.shape[1], i, behind.shape[2])
 
     def spread(x: Tensor) -> Tensor:
@@ -191,7 +207,7 @@ def _better_core(
     direction, rho = residual, float(residual.square().sum())
     enough = 1e-20 * rho
     for _ in range(steps):
-        image = metric * (spread(direction) @ moments)
+        image = metric * problem.spread(spread(direction))
         along = gather(image)
         curvature = float((direction * along).sum())
         if rho <= enough or curvature <= 0:
@@ -209,7 +225,7 @@ def _paired_digits(matrix: Tensor, out_modes: Sequence[int], in_modes: Sequence[
     return matrix.reshape(*out_modes, *in_modes).permute([axis for k in range(d) for axis in (k, d + k)])
 
 
-def _matrix(cores: Sequence[Tensor]) -> Tensor:
+def train_matrix(cores: Sequence[Tensor]) -> Tensor:
     """(out, in) of a train."""
     return build(cores)[0, :, :, 0]
 

@@ -9,6 +9,7 @@ algorithm 1). ``factorize`` then alternates: k x 1 link and rest for a given fir
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from search.decompose.base import (
     conv2d_of,
     conv2d_sizes,
     fill,
+    floor_of,
     geometry,
     input_positions,
     middle_positions,
@@ -31,7 +33,18 @@ from search.decompose.base import (
     separable_reason,
     thin,
 )
-from search.decompose.projection import WARM_SWEEPS, Nested, alternate, project, refine, restrict, solve
+from search.decompose.projection import (
+    WARM_SWEEPS,
+    Nested,
+    alternate,
+    errors_of_ranks,
+    project,
+    refine,
+    refitted,
+    restrict,
+    solve,
+)
+from search.decompose.tightening import tightened
 from search.decompose.variational import by_inputs, by_outputs, by_rows, variational_rank
 from search.matrices import weight_of
 from search.spec import CurvePoint
@@ -122,27 +135,37 @@ class TT:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        rows, columns, _, _ = conv2d_sizes(layer)
+        kernel = conv2d_sizes(layer)
+        rows, columns = kernel[:2]
         parts = problems(layer, statistics, metric)
         bases = [project(part, rows * columns) for part in parts]
         sizes = None if statistics is None else statistics.input_sizes
         points: list[CurvePoint] = []
-        rests: list[tuple[Problem, Tensor]] = []
-        trains: list[Nested] = []
-        seen = (0, 0)
-        for ranks in self.ranks(layer):
-            low, middle, high = ranks
-            if low != seen[0]:
-                found = [restrict(p, basis[:low], rows * columns) for p, basis in zip(parts, bases, strict=True)]
-                rests = [(rest, project(rest, columns)) for rest in found]
-            if (low, middle) != seen:
-                trains = [solve(rest, inner[:middle], columns) for rest, inner in rests]
-                seen = (low, middle)
-            errors = [rest.floor + nested.error(high) for (rest, _), nested in zip(rests, trains, strict=True)]
-            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
-            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
+        for low, middles in _by_low(self.ranks(layer)):
+            rests = [restrict(p, basis[:low], rows * columns) for p, basis in zip(parts, bases, strict=True)]
+            inner = [project(rest, columns)[: max(middles)] for rest in rests]
+            lost = [errors_of_ranks(r, p, columns, list(middles)) for r, p in zip(rests, inner, strict=True)]
+            for middle, highs in middles.items():
+                for ranks in ((low, middle, high) for high in highs):
+                    error = relative(parts, [float(e[middle][min(ranks[2], len(e[middle]) - 1)]) for e in lost])
+                    parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+                    points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=error))
         weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            begun = [_train(p, basis[: ranks[0]], None, ranks, kernel) for p, basis in zip(parts, bases, strict=True)]
+            ends = [_alternate(p, train, ranks, kernel, 1) for p, train in zip(parts, begun, strict=True)]
+            return relative(parts, [train.error(ranks[2]) for train in ends])
+
+        count = refitted(parts, rows * columns, weight.shape[2] // (2 * rows * columns))
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
+
+
+def _by_low(lattice: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, dict[int, list[int]]]]:
+    """Each r1 with its rising r2, and the r3 of each."""
+    for low, group in groupby(lattice, key=lambda ranks: ranks[0]):
+        yield low, {middle: [r[2] for r in same] for middle, same in groupby(group, key=lambda ranks: ranks[1])}
 
 
 @dataclass(frozen=True)

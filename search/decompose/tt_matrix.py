@@ -11,17 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from search.calibrate import Statistics
-from search.decompose.base import Fit, Problem, bias_parameters, fill, geometry, problems, ranks_between, relative, thin
+from search.decompose.base import (
+    Fit,
+    Problem,
+    bias_parameters,
+    fill,
+    floor_of,
+    geometry,
+    problems,
+    ranks_between,
+    relative,
+    thin,
+)
 from search.decompose.tensor_train import (
     Train,
     Whitened,
     equal_norms,
     refit,
+    train_matrix,
     tt_round,
     tt_svd,
     tt_unfolding,
     whiten,
 )
+from search.decompose.tightening import tightened
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
@@ -36,8 +49,10 @@ ERROR_MACS = 3e11
 """Multiplications that the errors of all points may take."""
 SWEEPS = 6
 WARM_SWEEPS = 2
-CURVE_MACS = 1.2e11
-"""Multiplications that refitting may take for a whole curve: some seconds at most."""
+REFITTED = 6
+"""Points of a curve that are refitted; the others' errors follow theirs (``tightening``)."""
+CURVE_MACS = 6e10
+"""Multiplications that refitting may take for a whole curve: one or two seconds."""
 FIT_MACS = 2e11
 """And for one fit."""
 
@@ -115,7 +130,7 @@ class TTMatrix:
         for g, white in enumerate(self._whitened(layer, parts, ranks)):
             if start is None:
                 # As on the curve, then on from there: so that a fit is never worse than its point.
-                cores, _ = refit(white.problem, white.at(ranks), sweeps=1, macs=self._point_macs(layer, parts))
+                cores, _ = refit(white.problem, white.at(ranks), sweeps=1, macs=self._point_macs(parts))
             else:
                 cores = white.enter(self._train_of(start, layer, g))
             sweeps = SWEEPS if start is None else WARM_SWEEPS
@@ -135,15 +150,21 @@ class TTMatrix:
     ) -> tuple[CurvePoint, ...]:
         """``thin`` keeps a point only if it is better than all cheaper ones; with one knob that makes it monotone."""
         parts = problems(layer, statistics, metric)
-        whites, budget = self._whitened(layer, parts), self._point_macs(layer, parts)
+        whites, budget = self._whitened(layer, parts), self._point_macs(parts)
         sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in self.ranks(layer):
-            errors = [refit(white.problem, white.at(ranks), sweeps=1, macs=budget)[1] for white in whites]
+            errors = [white.problem.error(train_matrix(white.at(ranks))) for white in whites]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
-        return thin(points, (weight.numel() + bias_parameters(layer), weight.numel() * output_positions))
+        dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
+
+        def refitted(ranks: tuple[int, ...]) -> float:
+            errors = [refit(white.problem, white.at(ranks), sweeps=1, macs=budget)[1] for white in whites]
+            return relative(parts, errors)
+
+        return thin(tightened(thin(points, dense), floor_of(parts), refitted, REFITTED), dense)
 
     def _links(self, layer: nn.Module) -> tuple[str, ...]:
         """The names of the parameters that the cores go to."""
@@ -154,9 +175,9 @@ class TTMatrix:
         highest = tuple(map(max, zip(*self.ranks(layer)[-1:], *([ranks] if ranks else []), strict=True)))
         return [whiten(part, *self.modes(layer), highest) for part in parts]
 
-    def _point_macs(self, layer: nn.Module, parts: Sequence[Problem]) -> float:
+    def _point_macs(self, parts: Sequence[Problem]) -> float:
         """What refitting one group of one point of a curve may take."""
-        return CURVE_MACS / (len(self.ranks(layer)) * len(parts))
+        return CURVE_MACS / (REFITTED * len(parts))
 
     def _train_of(self, module: nn.Module, layer: nn.Module, group: int) -> Train:
         """One group's cores of a fitted ``module``."""

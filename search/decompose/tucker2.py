@@ -20,6 +20,7 @@ from search.decompose.base import (
     conv_reason,
     dense_cost,
     fill,
+    floor_of,
     geometry,
     input_positions,
     output_positions_of,
@@ -28,7 +29,18 @@ from search.decompose.base import (
     relative,
     thin,
 )
-from search.decompose.projection import SWEEPS, WARM_SWEEPS, alternate, project, solve, starts
+from search.decompose.projection import (
+    CURVE_SWEEPS,
+    SWEEPS,
+    WARM_SWEEPS,
+    alternate,
+    errors_of_inputs,
+    errors_of_ranks,
+    project,
+    refitted,
+    starts,
+)
+from search.decompose.tightening import tightened
 from search.decompose.variational import by_inputs, by_outputs, variational_rank
 from search.matrices import taps_of
 from search.spec import CurvePoint
@@ -121,20 +133,24 @@ class Tucker2:
         parts = problems(layer, statistics, metric)
         bases = [project(p, taps) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
-        solved: dict[int, list[list[float]]] = {}
+        lattice = self.ranks(layer)
+        lows = sorted({low for low, _ in lattice})
+        lost = [errors_of_ranks(p, basis[: lows[-1]], taps, lows) for p, basis in zip(parts, bases, strict=True)]
         points = []
-        for ranks in self.ranks(layer):
+        for ranks in lattice:
             low, high = ranks
-            if low not in solved:
-                solved[low] = [
-                    [part.floor + nested.error(s) for s in range(len(nested.gains) + 1)]
-                    for part, basis in zip(parts, bases, strict=True)
-                    for nested in (solve(part, basis[:low], taps),)
-                ]
-            error = relative(parts, [e[min(high, len(e) - 1)] for e in solved[low]])
+            error = relative(parts, [float(e[low][min(high, len(e[low]) - 1)]) for e in lost])
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=error))
-        return thin(points, dense_cost(layer, output_positions))
+        dense = dense_cost(layer, output_positions)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            low, high = ranks
+            ends = [alternate(p, b[:low], taps, high, CURVE_SWEEPS)[1] for p, b in zip(parts, bases, strict=True)]
+            return relative(parts, [p.floor + n.error(high) for p, n in zip(parts, ends, strict=True)])
+
+        count = refitted(parts, taps, lows[len(lows) // 2])
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
 
 
 class SVDInput:
@@ -199,13 +215,23 @@ class SVDInput:
         parts = problems(layer, statistics, metric)
         bases = [project(p, taps) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
+        lattice = self.ranks(layer)
+        most = lattice[-1][0]
+        lost = [errors_of_inputs(part, basis[:most], taps) for part, basis in zip(parts, bases, strict=True)]
         points = []
-        for ranks in self.ranks(layer):
-            found = [solve(part, basis[: ranks[0]], taps) for part, basis in zip(parts, bases, strict=True)]
-            errors = [part.floor + nested.error(len(nested.gains)) for part, nested in zip(parts, found, strict=True)]
+        for ranks in lattice:
+            errors = [float(e[ranks[0]]) for e in lost]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
-        return thin(points, dense_cost(layer, output_positions))
+        dense = dense_cost(layer, output_positions)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            ends = [alternate(p, b[: ranks[0]], taps, None, CURVE_SWEEPS)[1] for p, b in zip(parts, bases, strict=True)]
+            return relative(parts, [p.floor + n.error(len(n.gains)) for p, n in zip(parts, ends, strict=True)])
+
+        # The plain start cannot be improved.
+        count = 0 if statistics is None else refitted(parts, taps, most // 2)
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int, int]:

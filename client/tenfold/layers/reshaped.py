@@ -100,6 +100,19 @@ class _CP(_Factors):
         y = b.transpose(1, 2).flatten(2)[:, None] @ y
         return (y.transpose(2, 3) if self.swap else y).flatten(2, 3)
 
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """(rows, S) to (rows, T) of one group without a spatial factor: two large products, whatever the rank."""
+        rows, a, b = x.shape[0], self.factor1[0], self.factor2[0]
+        x = x.reshape(rows, *self.s)
+        x = x.permute(2, 1, 0) if self.swap else x.permute(1, 2, 0)
+        if self.swap:
+            a, b = b, a
+        (rank, mid, source), (_, target, rest) = a.shape, b.shape
+        y = a.flatten(0, 1) @ x.reshape(source, rest * rows)
+        y = y.reshape(rank, mid, rest, rows).transpose(1, 2).reshape(rank * rest, mid * rows)
+        y = (b.transpose(0, 1).flatten(1) @ y).reshape(target, mid, rows)
+        return (y.permute(2, 0, 1) if self.swap else y.permute(2, 1, 0)).reshape(rows, target * mid)
+
     def _apart(self, x: Tensor) -> Tensor:
         """(batch, groups, S1, S2, positions) to (batch, groups, rank, T, positions)."""
         x, a, b = self._in_order(x, 2)
@@ -203,7 +216,7 @@ class ReshapedCPLinear(_CP, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._summed(x.reshape(-1, 1, 1, *self.s, 1)).reshape(*x.shape[:-1], math.prod(self.t))
+        y = self._of_rows(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], math.prod(self.t))
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:

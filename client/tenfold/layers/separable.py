@@ -35,7 +35,9 @@ class CP3Conv(ConvChain):
         p = self._per_group(self.first.weight).flatten(2)
         k = self._per_group(self.depthwise.weight).squeeze(2)
         u = self._per_group(self.last.weight).flatten(2)
-        return torch.einsum("gor,gri,gr...->goi...", u, p, k).flatten(0, 1)
+        # One matrix product: the terms' own outer products are small beside it.
+        f = torch.einsum("gri,grk->grik", p, k.flatten(2))
+        return (u @ f.flatten(2)).reshape(self.out_channels, -1, *self.kernel_size)
 
 
 class CP4Conv2d(ConvChain):
@@ -63,7 +65,8 @@ class CP4Conv2d(ConvChain):
         h = self._per_group(self.rows.weight).flatten(2)
         w = self._per_group(self.columns.weight).flatten(2)
         u = self._per_group(self.last.weight).flatten(2)
-        return torch.einsum("gor,gri,grh,grw->goihw", u, p, h, w).flatten(0, 1)
+        f = torch.einsum("gri,grh,grw->grihw", p, h, w)
+        return (u @ f.flatten(2)).reshape(self.out_channels, -1, *self.kernel_size)
 
 
 class TTConv2d(ConvChain):
