@@ -113,13 +113,15 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     fixed_batch: int | None = None,
+    limit: int | None = None,
 ) -> Evaluation:
     """Measure ``module`` on a split, in evaluation mode, without gradients.
 
-    ``original``: the uncompressed network, or its ``outputs`` on this very split; only AGREEMENT and OUTPUT_ERROR
-    need it. Raises BadData when the metric needs labels that the split does not have.
+    ``limit``: only so many of its rows, evenly spaced. ``original``: the uncompressed network, or its ``outputs`` on
+    this very split; only AGREEMENT and OUTPUT_ERROR need it, and they take no ``limit``. Raises BadData when the metric
+    needs labels that the split does not have.
     """
-    y, targets = _predictions(module, split, batch_size, device, fixed_batch)
+    y, targets = _predictions(module, split, batch_size, device, fixed_batch, limit)
     if metric in (Metric.AGREEMENT, Metric.OUTPUT_ERROR):
         if original is None:
             raise ValueError(f"{metric} compares with the original network: pass original=")
@@ -166,18 +168,41 @@ def class_last(logits: Tensor, targets: Tensor | None = None) -> Tensor:
     return logits if last else logits.movedim(1, -1)
 
 
+def _layout(module: nn.Module) -> torch.memory_format:
+    """How images are laid out: with channels last convolutions are a third quicker on a CPU."""
+    convolves = any(isinstance(m, nn.Conv2d) for m in module.modules())
+    return torch.channels_last if convolves else torch.contiguous_format
+
+
+def _arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x.contiguous(memory_format=layout) if x.ndim == 4 else x
+
+
 def _predictions(
-    module: nn.Module, split: Samples, batch_size: int, device: torch.device | str, fixed_batch: int | None
+    module: nn.Module,
+    split: Samples,
+    batch_size: int,
+    device: torch.device | str,
+    fixed_batch: int | None,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     training = module.training
     home = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     module.to(device).eval()
     predicted: list[Tensor] = []
     targets: list[Tensor] = []
+    layout = _layout(module)
     try:
         with torch.no_grad():
-            for inputs, target in split.batches(batch_size):
-                y = forward(module, tuple(x.to(device) for x in inputs), fixed_batch)
+            for inputs, target in split.batches(batch_size, limit=limit):
+                inputs = tuple(x.to(device) for x in inputs)
+                try:
+                    y = forward(module, tuple(_arranged(x, layout) for x in inputs), fixed_batch)
+                except RuntimeError:
+                    if layout is torch.contiguous_format:
+                        raise
+                    layout = torch.contiguous_format  # a view in the network's code forbids the other one
+                    y = forward(module, inputs, fixed_batch)
                 predicted.append(y.float().cpu())
                 if target is not None:
                     targets.append(target)
