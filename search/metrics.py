@@ -5,10 +5,10 @@ scale), so that a drop, its interval and the metric itself never disagree.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from search.errors import BadData
 from search.intake import first_output
+from search.layout import Quick
 from search.spec import Interval, Metric
 
 __all__ = [
@@ -77,7 +78,7 @@ def drop(metric: Metric, original: float, value: float) -> float:
     return (value - original) / max(original, TINY)
 
 
-def forward(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: int | None = None) -> Tensor:
+def forward(module: Callable[..., Any], inputs: tuple[Tensor, ...], fixed_batch: int | None = None) -> Tensor:
     """The first output for ``inputs`` of any length; a network with a fixed batch gets chunks, the last one padded."""
     if fixed_batch is None:
         return first_output(module(*inputs))
@@ -168,16 +169,6 @@ def class_last(logits: Tensor, targets: Tensor | None = None) -> Tensor:
     return logits if last else logits.movedim(1, -1)
 
 
-def _layout(module: nn.Module) -> torch.memory_format:
-    """How images are laid out: with channels last convolutions are a third quicker on a CPU."""
-    convolves = any(isinstance(m, nn.Conv2d) for m in module.modules())
-    return torch.channels_last if convolves else torch.contiguous_format
-
-
-def _arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
-    return x.contiguous(memory_format=layout) if x.ndim == 4 else x
-
-
 def _predictions(
     module: nn.Module,
     split: Samples,
@@ -191,18 +182,11 @@ def _predictions(
     module.to(device).eval()
     predicted: list[Tensor] = []
     targets: list[Tensor] = []
-    layout = _layout(module)
+    quick = Quick(module)
     try:
         with torch.no_grad():
             for inputs, target in split.batches(batch_size, limit=limit):
-                inputs = tuple(x.to(device) for x in inputs)
-                try:
-                    y = forward(module, tuple(_arranged(x, layout) for x in inputs), fixed_batch)
-                except RuntimeError:
-                    if layout is torch.contiguous_format:
-                        raise
-                    layout = torch.contiguous_format  # a view in the network's code forbids the other one
-                    y = forward(module, inputs, fixed_batch)
+                y = forward(quick, tuple(x.to(device) for x in inputs), fixed_batch)
                 predicted.append(y.float().cpu())
                 if target is not None:
                     targets.append(target)

@@ -16,6 +16,7 @@ from search.decompose import METHODS
 from search.decompose.tensor_train import tt_unfoldings
 from search.decompose.tt_matrix import TTMatrix
 from search.errors import BadRequest
+from search.layout import Quick
 from search.metrics import class_last, forward
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
@@ -214,7 +215,7 @@ class _Probe:
 
     def _answers(self, network: nn.Module) -> Tensor:
         with torch.no_grad():
-            return forward(network.eval(), self.inputs, self.bench.runtime.fixed_batch).float()
+            return forward(Quick(network.eval()), self.inputs, self.bench.runtime.fixed_batch).float()
 
     def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""
