@@ -38,7 +38,7 @@ from benchmarks.peers import PEERS, PeerFailed, run_peer
 from search import cost
 from search.bench import Bench, read_weights
 from search.front import dominates, front, hypervolume, measured, size
-from search.intake import load_model
+from search.intake.loading import lift_program
 from search.session import Session
 from search.spec import (
     Augmentation,
@@ -290,7 +290,7 @@ def peer_front(
             failed.append(f"{row['wanted']:g}: {row['error']}")
             continue
         try:
-            points.append(peer_point(row, bench, spec, folder))
+            points.append(peer_point(row, bench, spec))
         except Exception as error:  # what a peer made is its own affair; the other points still count
             failed.append(f"{row['wanted']:g}: {type(error).__name__}: {error}".splitlines()[0])
     return {
@@ -304,8 +304,9 @@ def peer_front(
     }
 
 
-def peer_point(row: Row, bench: Bench, spec: JobSpec, folder: Path) -> Row:
-    network = load_model(Path(row["file"]), scratch=folder).module.eval()
+def peer_point(row: Row, bench: Bench, spec: JobSpec) -> Row:
+    # Its own process wrote the file: an operator that is refused from strangers is welcome here.
+    network = lift_program(torch.export.load(row["file"]), "pt2").module.eval()
     counted, epochs, select = cost.count(network, bench.example), 0.0, None
     if spec.fine_tune.epochs:
         epochs, select = _train(network, bench, spec)

@@ -140,7 +140,7 @@ class Network:
 
 NETWORKS = {
     "mlp_mnist": Network(mnist_mlp, "mnist", MNIST, 5, 0.05, (2, 1, 28, 28)),
-    "vgg_cifar10": Network(vgg, "cifar10", CIFAR, 6, 0.1, (2, 3, 32, 32)),
+    "vgg_cifar10": Network(vgg, "cifar10", CIFAR, 3, 0.05, (2, 3, 32, 32)),
     "mobilenet_cifar10": Network(mobilenet, "cifar10", CIFAR, 10, 0.1, (2, 3, 32, 32)),
     "vit_cifar10": Network(vit, "cifar10", CIFAR, 15, 0.02, (2, 3, 32, 32)),
 }

@@ -59,7 +59,7 @@ PEERS: Mapping[str, Peer] = {
 STUB = {
     "__init__.py": "from . import datasets, models, ops, transforms\n__version__ = '0.28.0'\n",
     "transforms/__init__.py": "Compose = ToTensor = Normalize = Resize = CenterCrop = object\n",
-    "ops/__init__.py": "",
+    "ops/__init__.py": "RoIPool = RoIAlign = object\n",
     "models/__init__.py": "",
     "datasets/__init__.py": "ImageFolder = CIFAR10 = object\n",
 }
