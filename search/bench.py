@@ -1,5 +1,6 @@
 """What every step of a job works with, read or measured once for each process: model, data, the original's answers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,11 @@ from torch import Tensor, fx, nn
 from search import checkpoints, cost
 from search.baseline import seen_before
 from search.data import Data
+from search.data.split import evenly
 from search.intake import LiftedModel
-from search.metrics import Evaluation, Samples, evaluate, outputs
+from search.metrics import Evaluation, Samples, evaluate, higher_is_better, outputs
 from search.spec import JobSpec, Metric, Plan, SitePlan, Task
+from search.tally import TALLIED
 from search.tune import Runtime
 from tenfold.applying import apply
 
@@ -24,6 +27,8 @@ Report = Callable[[str, float, float], None]
 LATENCY_BATCH = 32
 """Samples in the batch whose latency is measured, where the network takes any."""
 CALIBRATION_BATCH = 128
+GLANCE_ROWS = 1000
+"""Of the select split, to see whether a variant is worth the whole of it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,28 @@ class Bench:
 
     def select(self, network: nn.Module) -> Evaluation:
         return self._evaluate(network, self.data.select, self.reference if self.relative else None)
+
+    def clearly_worse(self, network: nn.Module, seen: Evaluation) -> bool:
+        """Whether some of the select split are enough to tell that ``network`` is worse than what was ``seen`` on all
+        of it: by more than three standard errors. A look at a fifth of the rows spares most of those at all."""
+        total = len(self.data.select)
+        if self.relative or self.metric in TALLIED or total <= 2 * GLANCE_ROWS:
+            return False
+        glance = evaluate(
+            network,
+            self.data.select,
+            self.metric,
+            device=self.runtime.device,
+            fixed_batch=self.runtime.fixed_batch,
+            answer=self.runtime.answer,
+            limit=GLANCE_ROWS,
+        )
+        if not glance.finite:
+            return True
+        lost = glance.scores - seen.scores[evenly(total, GLANCE_ROWS)]
+        if higher_is_better(self.metric):
+            lost = -lost
+        return float(lost.mean()) > 3 * float(lost.std(ddof=1)) / math.sqrt(len(lost))
 
     def verify(self, network: nn.Module) -> Evaluation:
         return self._evaluate(network, self.data.verify, self._verify_reference if self.relative else None)

@@ -5,11 +5,11 @@ scale) and those of a whole split (``search.tally``), so that a drop, its interv
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from search.errors import BadData
 from search.intake import Answer, first_output
+from search.layout import Quick
 from search.spec import FRACTIONS, Interval, Metric
 from search.tally import TALLIED, joined, scores, tally
 
@@ -83,7 +84,10 @@ def drop(metric: Metric, original: float, value: float) -> float:
 
 
 def forward(
-    module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: int | None = None, answer: Answer = first_output
+    module: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    fixed_batch: int | None = None,
+    answer: Answer = first_output,
 ) -> Tensor:
     """The output that counts for ``inputs`` of any length; a network with a fixed batch gets chunks, the last one
     padded."""
@@ -123,17 +127,18 @@ def evaluate(
     device: torch.device | str = "cpu",
     fixed_batch: int | None = None,
     answer: Answer = first_output,
+    limit: int | None = None,
 ) -> Evaluation:
     """Measure ``module`` on a split, in evaluation mode, without gradients.
 
-    ``original``: the uncompressed network, or its ``outputs`` on this very split; only AGREEMENT and OUTPUT_ERROR
-    need it. ``answer``: picks the output that counts. Raises BadData when the metric needs labels that the split does
-    not have, or maps of another size.
+    ``limit``: only so many of its rows, evenly spaced. ``original``: the uncompressed network, or its ``outputs`` on
+    this very split; only AGREEMENT and OUTPUT_ERROR need it, and they take no ``limit``. ``answer``: picks the output
+    that counts. Raises BadData when the metric needs labels that the split does not have, or maps of another size.
     """
     size = batch_size or (MAPS_BATCH if metric in TALLIED else BATCH)
-    answers = _answers(module, split, size, device, fixed_batch, answer)
+    answers = _answers(module, split, size, device, fixed_batch, answer, limit)
     if metric in TALLIED:
-        return _tallied(metric, answers, len(split))
+        return _tallied(metric, answers, min(len(split), limit or len(split)))
     seen = list(answers)
     y = torch.cat([y for y, _ in seen])
     if metric in (Metric.AGREEMENT, Metric.OUTPUT_ERROR):
@@ -187,15 +192,17 @@ def _answers(
     device: torch.device | str,
     fixed_batch: int | None,
     answer: Answer,
+    limit: int | None = None,
 ) -> Answers:
     """Batch by batch: the answers in float32 on the CPU, and the targets."""
     training = module.training
     home = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     module.to(device).eval()
+    quick = Quick(module)
     try:
-        for inputs, target in split.batches(batch_size):
+        for inputs, target in split.batches(batch_size, limit=limit):
             with torch.no_grad():
-                y = forward(module, tuple(x.to(device) for x in inputs), fixed_batch, answer)
+                y = forward(quick, tuple(x.to(device) for x in inputs), fixed_batch, answer)
             yield y.float().cpu(), target
     finally:
         module.to(home).train(training)

@@ -17,6 +17,7 @@ from search.chains import follow
 from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of
 from search.errors import BadRequest
 from search.groups import find_groups
+from search.layout import Quick
 from search.matrices import matrices, weight_of
 from search.metrics import class_last, forward
 from search.recurrent import RECURRENT, named_matrices
@@ -256,7 +257,7 @@ class _Probe:
     def _answers(self, network: nn.Module) -> Tensor:
         with torch.no_grad():
             runtime = self.bench.runtime
-            return forward(network.eval(), self.inputs, runtime.fixed_batch, runtime.answer).float()
+            return forward(Quick(network.eval()), self.inputs, runtime.fixed_batch, runtime.answer).float()
 
     def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""

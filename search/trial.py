@@ -149,9 +149,11 @@ def _recalibrated(bench: Bench, network: nn.Module, found: _Findings) -> nn.Modu
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not any(isinstance(m, norms) for m in network.modules()):
         return network
-    other = recalibrate_batch_norm(network, bench.calibration)
-    seen = bench.select(other)
     assert found.seen is not None  # noqa: S101 - evaluated just before
+    other = recalibrate_batch_norm(network, bench.calibration)
+    if found.seen.finite and bench.clearly_worse(other, found.seen):
+        return network
+    seen = bench.select(other)
     if seen.finite and (not found.seen.finite or _rank(bench, seen) > _rank(bench, found.seen)):
         found.seen = seen
         found.notes.append("batch norm statistics were taken anew")

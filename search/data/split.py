@@ -12,13 +12,18 @@ from search.data.raw import Array
 from search.data.transform import Moves, Pipeline
 from search.spec import DataInfo, Task
 
-__all__ = ["Batch", "Data", "Split"]
+__all__ = ["Batch", "Data", "Split", "evenly"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 """The network's inputs, each ``(batch, ...)``, and the targets ``(batch, ...)`` where there are any."""
 
 BLOCK = 64
 """Rows converted at a time when all targets are wanted; maps are large."""
+
+
+def evenly(count: int, wanted: int) -> NDArray[np.int64]:
+    """``wanted`` of ``count`` rows, evenly spaced."""
+    return np.linspace(0, count, wanted, endpoint=False).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Split:
         if shuffle is not None:
             order = np.random.default_rng(shuffle).permutation(count)[:wanted]
         elif wanted < count:
-            order = np.linspace(0, count, wanted, endpoint=False).astype(np.int64)
+            order = evenly(count, wanted)
         else:
             order = np.arange(count)
         return order if self.rows is None else self.rows[order]

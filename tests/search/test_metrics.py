@@ -101,6 +101,30 @@ def test_evaluation_leaves_the_mode_as_it_was(logits: torch.Tensor) -> None:
     assert module.training
 
 
+class Viewing(nn.Module):
+    """Its code flattens by a view, which a tensor with channels last does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return y.view(len(x), -1)
+
+
+def test_a_network_that_cannot_take_channels_last_is_evaluated_all_the_same() -> None:
+    x = torch.randn(10, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    network = Viewing()
+    with torch.no_grad():
+        wanted = torch.cat([network.conv(part).flatten(1) for part in x.split(4)])
+    found = outputs(network, Rows(x, None), batch_size=4)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert network.seen == [True, False, False, False]
+
+
 class OnlyThree(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert x.shape[0] == 3

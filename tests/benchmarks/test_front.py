@@ -1,0 +1,105 @@
+"""The front's benchmark on a network that takes a second: its own search, and peers that fail."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tenfold
+from benchmarks import front, peers
+from search.front import dominates
+
+CLASSES = 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trained MLP of 16 inputs and a data set of Gaussian classes, split in three."""
+    folder = tmp_path_factory.mktemp("front")
+    chance = np.random.default_rng(0)
+    centres = chance.normal(size=(CLASSES, 16))
+    arrays = {}
+    for part, rows in (("train", 400), ("val", 120), ("test", 120)):
+        y = chance.integers(0, CLASSES, rows)
+        arrays[f"x_{part}"] = (centres[y] + 0.6 * chance.normal(size=(rows, 16))).astype(np.float32)
+        arrays[f"y_{part}"] = y
+    np.savez(folder / "data.npz", **arrays)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    x, y = torch.from_numpy(arrays["x_train"]), torch.from_numpy(arrays["y_train"])
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return tenfold.export(network.eval(), x[:2], folder / "net.pt2"), folder / "data.npz"
+
+
+def run(files: tuple[Path, Path], out: Path, *more: str) -> dict[str, Any]:
+    model, data = files
+    front.main(["--model", str(model), "--data", str(data), "--trials", "5", "--json", str(out), *more])
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def test_its_own_search_ends_in_a_front_and_a_picture(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(files, tmp_path / "front.json", "--no-fine-tuning")
+    points, dense = result["fronts"]["tenfold"]["points"], result["dense"]
+    assert len(points) >= 2
+    figures = [(p["parameters"], p["macs"], -p["select"]) for p in points]
+    assert not any(dominates(a, b) for a in figures for b in figures)
+    assert all(p["parameters"] < dense["parameters"] and p["macs"] < dense["macs"] for p in points)
+    assert 0 < result["fronts"]["tenfold"]["hypervolume"] <= 1
+    assert result["choosing"]["trials"] == 5
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "epochs of the original" in " ".join(capsys.readouterr().out.split())
+
+
+def test_with_epochs_each_point_and_the_dense_network_are_trained(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(files, tmp_path / "front.json", "--epochs", "1", "--points", "2")
+    points = result["fronts"]["tenfold"]["points"]
+    assert [p["epochs"] for p in points] == [1.0] * len(points)
+    assert len(points) == 2
+    assert result["dense"]["trained_on"]["epochs"] == 1.0
+    assert result["dense"]["trained_on"]["test"] > 0.5
+
+
+def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installer(command: Sequence[str], environment: dict[str, str]) -> None:
+        raise peers.PeerFailed("ERROR: No matching distribution found for musco-pytorch==1.0.6")
+
+    monkeypatch.setattr(peers, "CACHE", tmp_path / "none")
+    monkeypatch.setattr(peers, "_run", installer)
+    result = run(files, tmp_path / "front.json", "--no-fine-tuning", "--peers", "musco")
+    assert result["fronts"]["musco"]["error"] == "ERROR: No matching distribution found for musco-pytorch==1.0.6"
+    assert result["fronts"]["musco"]["points"] == []
+    assert len(result["fronts"]["tenfold"]["points"]) >= 2
+
+
+def test_the_last_line_that_a_failing_peer_said_is_told(tmp_path: Path) -> None:
+    with pytest.raises(peers.PeerFailed, match=r"^SystemExit: no such layer$"):
+        peers._run([sys.executable, "-c", "raise RuntimeError('x') if 0 else print('SystemExit: no such layer', "
+                    "file=__import__('sys').stderr) or exit(3)"], {})  # fmt: skip
+
+
+def test_a_peer_that_is_not_known_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(files, tmp_path / "front.json", "--peers", "nni")
+
+
+def test_the_hypervolume_of_half_the_network_at_no_loss_is_a_quarter_of_the_box() -> None:
+    dense = {"parameters": 100, "macs": 10, "test": 0.9}
+    assert front.volume([{"parameters": 50, "macs": 5, "test": 0.9}], dense, 0.1) == pytest.approx(0.25)
+    assert front.volume([{"parameters": 50, "macs": 5, "test": 0.5}], dense, 0.1) == pytest.approx(0.125)
+    assert front.volume([{"parameters": 50, "macs": 5, "test": 0.05}], dense, 0.1) == 0.0
