@@ -338,7 +338,9 @@ def test_a_value_to_keep_is_another_drop_on_the_verify_split(
     assert ended(life).ok
     assert f"where {allowed:.4f} is allowed" in ended(life).reason
     refined = [w.number for w in life.asked if isinstance(w, RefineWork)]
-    assert max(life.history[n].results[Rung.FULL].verify_drop or 0.0 for n in refined) < 0.015
+    assert (
+        max(life.history[n].results[Rung.FULL].verify_drop or 0.0 for n in refined) < 0.018
+    )  # a drop of 0.022 is what the select split would allow
 
 
 def test_costs_of_the_original_are_what_shares_refer_to() -> None:
