@@ -39,7 +39,7 @@ def methods_of(bench: Bench) -> tuple[str, ...]:
     """The methods that the job may use. Raises BadRequest for one that does not exist."""
     known = (*METHODS, *JOINT_METHODS)
     if bench.spec.methods == "auto":
-        return AUTO
+        return AUTO if bench.spec.layers.groups in ("auto", {}) else (*AUTO, *JOINT_METHODS)
     unknown = [m for m in bench.spec.methods if m not in known]
     if unknown:
         raise BadRequest("unknown_method", f"methods names {unknown}; this version has {sorted(known)}")

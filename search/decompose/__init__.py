@@ -35,8 +35,6 @@ METHODS: dict[str, Method] = {
 JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), JointMPS())}
 """Every method of several layers by its name."""
 
-AUTO: tuple[str, ...] = (
-    *(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod)),
-    *JOINT_METHODS,
-)
-"""What ``methods: "auto"`` mixes. Shuffled kernels save no multiplications and take longest to fit: by name only."""
+AUTO: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod))
+"""What ``methods: "auto"`` mixes, besides the joint methods where groups are given. Shuffled kernels save no
+multiplications and take longest to fit; layers not trained to share factors do not share them: both by name only."""

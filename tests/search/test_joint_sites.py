@@ -4,6 +4,8 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ from search.allocate import allocate, predicted
 from search.bench import read_weights
 from search.errors import BadRequest
 from search.ground import ground_of
+from search.profiling import methods_of
 from search.reconstruct import reconstruct
 from search.session import Session
 from search.spec import (
@@ -326,3 +329,9 @@ def test_a_layer_at_two_sites_is_refused(job: Job) -> None:
     plan = joint_plan(job, "joint_mps", 0.3) | {"stage.0.conv1": SitePlan(method="svd", ranks=(2,))}
     with pytest.raises(BadRequest, match=r"stage\.0\.conv1.*more than one site"):
         reconstruct(job.session.bench.original, job.session.bench.original, plan, None)
+
+
+@pytest.mark.parametrize(("groups", "offered"), [("auto", False), ({}, False), ({"pair": ("a", "b")}, True)])
+def test_auto_takes_joint_methods_where_groups_are_named(groups: Any, offered: bool) -> None:
+    spec = JobSpec(budget=Budget(max_drop=0.1), layers=Layers(groups=groups))
+    assert ("joint_tucker" in methods_of(SimpleNamespace(spec=spec))) is offered
