@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from search.matrices import matrices, weight_of
 from search.metrics import class_last, forward
 from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
+from search.snapping import snapped
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
 from tenfold.layers import joint_like
 
@@ -70,13 +72,13 @@ def measure_sites(
     together = {name for members, _ in groups.values() for name in members}
     importance = _importance(start)
     found: dict[str, SiteChoice] = {}
-    probe = _Probe(bench, start)
+    probe, multiple = _Probe(bench, start), bench.spec.layers.rank_multiple
     for batch in _batches(start, list(wanted)):
         statistics = collect(start, batch, bench.calibration)
         for name in batch:
             bench.report(f"profiling {name}", len(found), len(wanted))
             own = {kept[name].method, *alone} if name in kept else set(alone)
-            choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept)
+            choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept, multiple)
             if choice.curves:
                 found[name] = probe.measure(choice, statistics[name], len(wanted))
             elif name in together:
@@ -173,6 +175,7 @@ def _choice(
     statistics: Statistics,
     importance: Tensor | None,
     kept: Plan,
+    multiple: int = 1,
 ) -> SiteChoice:
     layer = network.get_submodule(info.name)
     positions = _positions(info, layer)
@@ -183,6 +186,9 @@ def _choice(
         if method.applies_to(layer) is not None:
             continue
         curve = method.curve(layer, statistics, positions, metric=importance)
+        if multiple > 1:
+            price = partial(method.cost, layer, output_positions=positions, input_sizes=statistics.input_sizes)
+            curve = snapped(curve, multiple, price, (info.parameters, info.macs))
         if info.name in kept and kept[info.name].method == name:
             ranks = kept[info.name].ranks
             cost = method.cost(layer, ranks, positions, input_sizes=statistics.input_sizes)

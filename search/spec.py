@@ -287,6 +287,9 @@ class Layers(Value):
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    rank_multiple: Annotated[int, Field(ge=1, le=256)] = 1
+    """Ranks are multiples of this, as the device likes them (often 8 or 16); a layer without such ranks is left alone.
+    Those of ``fixed`` are taken as they are."""
     fixed: Plan = Field(default_factory=dict)
     """Sites whose replacement is given, not searched."""
     groups: Literal["auto"] | dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = "auto"

@@ -387,3 +387,11 @@ def test_rows_that_the_original_was_trained_on_are_noticed(uploads: Uploads, tmp
     )
     session = Session(uploads.model, tmp_path / "d.npz", data_spec=DATA, spec=JOB, scratch=tmp_path)
     assert "trained on the select rows" in session.profile(0, None).notes[0]
+
+
+def test_ranks_are_multiples_where_the_device_wants_them(uploads: Uploads, tmp_path: Path) -> None:
+    spec = JOB.model_copy(update={"layers": Layers(rank_multiple=4)})
+    profile = opened(uploads, tmp_path, spec).profile(0, None)
+    ranks = [p.ranks for site in profile.sites for curve in site.curves.values() for p in curve]
+    assert ranks
+    assert all(rank % 4 == 0 for each in ranks for rank in each)

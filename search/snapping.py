@@ -1,0 +1,31 @@
+"""Ranks at multiples that a device likes."""
+
+from collections.abc import Callable, Sequence
+
+from search.decompose.base import thin
+from search.spec import CurvePoint
+
+__all__ = ["snapped"]
+
+
+def snapped(
+    curve: Sequence[CurvePoint],
+    multiple: int,
+    cost: Callable[[tuple[int, ...]], tuple[int, int]],
+    dense: tuple[int, int],
+) -> tuple[CurvePoint, ...]:
+    """The curve with every rank raised to the next multiple, and what that costs.
+
+    A point keeps its error, which higher ranks can only make smaller. Ranks beyond the curve's highest ones, which may
+    not exist, and points that are no longer cheaper than the ``dense`` layer (parameters, MACs) are left out.
+    """
+    highest = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
+    raised: dict[tuple[int, ...], CurvePoint] = {}
+    for point in curve:
+        ranks = tuple(-(-rank // multiple) * multiple for rank in point.ranks)
+        best = raised.get(ranks)
+        if any(rank > most for rank, most in zip(ranks, highest, strict=True)) or (best and best.error <= point.error):
+            continue
+        parameters, macs = cost(ranks)
+        raised[ranks] = CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=point.error)
+    return thin(list(raised.values()), dense)
