@@ -36,7 +36,7 @@ def exported(scratch):
 
 
 def write_check(folder, inputs, expected):
-    facts = json.dumps({"metric": "accuracy", "inputs": 1, "batch": 2})
+    facts = json.dumps({"metric": "accuracy", "inputs": 1, "batch": 2, "last": False})
     arrays = {"input_0": inputs, "expected": expected, "targets": expected.argmax(1)}
     np.savez(folder / "check.npz", facts=np.array(facts), **arrays)
 
