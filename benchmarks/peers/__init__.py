@@ -77,7 +77,7 @@ def run_peer(name: str, request: Mapping[str, Any], folder: Path, *, cache: Path
     asked.write_text(json.dumps({**request, "folder": str(folder)}))
     packages = _installed(name, cache)
     path = os.pathsep.join([str(packages), str(ROOT), str(ROOT / "client")])
-    _run([sys.executable, "-m", f"benchmarks.peers.{name}", str(asked), str(answered)], {"PYTHONPATH": path})
+    _run([sys.executable, "-m", f"benchmarks.peers.{name}", str(asked), str(answered)], {"PYTHONPATH": path}, folder)
     rows: list[dict[str, Any]] = json.loads(answered.read_text())
     return rows
 
@@ -101,11 +101,13 @@ def _installed(name: str, cache: Path) -> Path:
     return folder
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+def _run(command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> None:
+    """``folder``: where it runs, for some write files beside themselves."""
     try:
         done = subprocess.run(
             command,
             env={**os.environ, **environment},
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=HOURS * 3600,

@@ -1,6 +1,7 @@
 """AIMET 2.42: greedy spatial SVD, which evaluates the network with each layer at each of several ratios alone.
 
-It may look at as many images in all as Tenfold's candidates did; they are shared equally among its evaluations.
+For each ratio it may look at as many images as all of Tenfold's candidates together; they are shared equally among its
+evaluations.
 """
 
 import copy
@@ -20,7 +21,7 @@ RATIOS = 10
 
 
 class _Scores:
-    """The evaluation that AIMET calls; counts what it looks at. Scores of a layer are kept for the next ratio."""
+    """The evaluation that AIMET calls; counts what it looks at."""
 
     def __init__(self, request: Request, decomposed: int) -> None:
         x, y = request.choosing()
@@ -43,11 +44,9 @@ def compress(request: Request, rate: float) -> tuple[nn.Module, dict[str, Any]]:
     wanted = list(layers(network, nn.Conv2d).values())
     ignored = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in wanted]
     scores = _Scores(request, len(wanted))
-    saved = request.folder / "scores.pkl"
     greedy = GreedySelectionParameters(
         target_comp_ratio=Decimal(str(round(rate, 4))),
         num_comp_ratio_candidates=RATIOS,
-        saved_eval_scores_dict=str(saved) if saved.exists() else None,
     )
     auto = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
     compressed, _ = ModelCompressor.compress_model(

@@ -26,7 +26,7 @@ class Request:
         self.rates: list[float] = asked["rates"]
         """Shares of the parameters to keep."""
         self.images: int = asked["images"]
-        """How many images all evaluations together may look at."""
+        """How many images all evaluations for one share together may look at."""
         self.folder = Path(asked["folder"])
         self._data = asked["data"]
 

@@ -76,7 +76,7 @@ def test_with_epochs_each_point_and_the_dense_network_are_trained(files: tuple[P
 def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def installer(command: Sequence[str], environment: dict[str, str]) -> None:
+    def installer(command: Sequence[str], environment: dict[str, str], folder: Path | None = None) -> None:
         raise peers.PeerFailed("ERROR: No matching distribution found for musco-pytorch==1.0.6")
 
     monkeypatch.setattr(peers, "CACHE", tmp_path / "none")
@@ -91,6 +91,11 @@ def test_the_last_line_that_a_failing_peer_said_is_told(tmp_path: Path) -> None:
     with pytest.raises(peers.PeerFailed, match=r"^SystemExit: no such layer$"):
         peers._run([sys.executable, "-c", "raise RuntimeError('x') if 0 else print('SystemExit: no such layer', "
                     "file=__import__('sys').stderr) or exit(3)"], {})  # fmt: skip
+
+
+def test_what_a_peer_writes_beside_itself_stays_in_its_folder(tmp_path: Path) -> None:
+    peers._run([sys.executable, "-c", "open('left', 'w').close()"], {}, tmp_path)
+    assert (tmp_path / "left").exists()
 
 
 def test_a_peer_that_is_not_known_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
