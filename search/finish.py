@@ -1,10 +1,11 @@
 """The end of a job: which candidates get the whole recipe, which one is handed back, and what to tell people.
 
 The budget is judged on the verify split, which nothing before has seen. The chosen candidate is the smallest one that
-is predicted to keep the budget; if it fails, the next must be safer by as much as the check fell short. At most
-``search.checks`` may fail. A success that leaves room may be followed by a smaller candidate.
+is predicted to keep the budget; if it fails, the next must be safer for what the check fell short by. At most
+``search.checks`` may fail. A success that leaves room may be followed by smaller candidates.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ _WORTH = 0.97
 _BOLD, _CAREFUL, _SURE = 0.25, 1.0, 2.0
 """Standard deviations of the prediction that count against a candidate: at the first check, at the next ones, and at
 the last one, which must not gamble away an answer that is there."""
+_BELIEVED = 0.5
+"""Of the difference between a check and the select split."""
 _HOPELESS = 3.0
 """Standard deviations above the budget beyond which a second check of the same kind would be a waste."""
 _AT_ONCE = 2
@@ -129,12 +132,17 @@ class _View:
         return chosen
 
     def _limit(self) -> float:
-        """The predicted drop that a candidate may have: the budget, less what earlier checks fell short by."""
-        limit = min(self.profile.max_drop, self.allowed)
+        """The predicted drop that a candidate may have: the budget, and after failed checks safer by what they showed.
+
+        A failed candidate's drop on the select split, less what its check fell short by, is what would have passed if
+        both were exact. They are about equally noisy, so half of the way from the budget to there is gone.
+        """
+        limit = budget = min(self.profile.max_drop, self.allowed)
         for record in self.failed:
             full = record.results.get(Rung.FULL)
             if full is not None and full.drop is not None:
-                limit = min(limit, full.drop - max(_shortfall(self.spec, self.allowed, full), 0.0))
+                passing = full.drop - max(_shortfall(self.spec, self.allowed, full), 0.0)
+                limit = min(limit, full.drop, (1 - _BELIEVED) * budget + _BELIEVED * passing)
         return limit
 
     def _expected(self, record: TrialRecord) -> float:
@@ -145,8 +153,7 @@ class _View:
     def _next(self, limit: float, chosen: Sequence[TrialRecord], live: int) -> _Candidate | None:
         waiting = [c for c in self.candidates if c.record not in chosen]
         if self.kept:
-            below = _WORTH * self._size(self.kept[0])
-            return next((c for c in waiting if c.size < below and c.at_worst(_BOLD) <= limit), None)
+            return self._smaller(waiting)
         caution = self._caution(len(self.failed) + live + len(chosen))
         sure = next((c for c in waiting if c.at_worst(caution) <= limit), None)
         if sure is not None or not waiting or chosen or live:
@@ -155,6 +162,17 @@ class _View:
         safest = min(waiting, key=lambda c: (c.at_worst(caution), c.size, c.record.number))
         hopeless = safest.at_worst(-_HOPELESS) > self.profile.max_drop
         return None if hopeless and self.failed else safest
+
+    def _smaller(self, waiting: Sequence[_Candidate]) -> _Candidate | None:
+        """The next climb: the smallest that should keep the budget or, between what is kept and what failed, the one
+        nearest to half way. A check is noisy, so what failed says where to stop rather than how far to stay away."""
+        top = _WORTH * self._size(self.kept[0])
+        bottom = max((share for r in self.failed if (share := self._size(r)) < top), default=0.0)
+        budget = min(self.profile.max_drop, self.allowed)
+        inside = [c for c in waiting if bottom < c.size < top and c.at_worst(_BOLD) <= budget]
+        if bottom == 0.0:
+            return inside[0] if inside else None
+        return min(inside, key=lambda c: abs(math.log(c.size**2 / (bottom * top))), default=None)
 
     def _caution(self, before: int) -> float:
         """For the check that comes after ``before`` others."""
