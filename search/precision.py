@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Precision", "choose"]
+__all__ = ["Precision", "choose", "synchronize"]
 
 Forward = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
 
@@ -73,14 +73,14 @@ def _seconds(
     times = []
     try:
         for _ in range(4):
-            _synchronize(inputs[0])
+            synchronize(inputs[0])
             start = time.perf_counter()
             with precision.autocast(arranged):
                 with torch.no_grad():
                     wanted = forward(teacher, arranged)
                 answer = forward(student, arranged)
             (answer.float() - wanted.float()).square().mean().backward()  # type: ignore[no-untyped-call]
-            _synchronize(inputs[0])
+            synchronize(inputs[0])
             times.append(time.perf_counter() - start)
     except (RuntimeError, NotImplementedError):
         if precision is Precision.FLOAT32:
@@ -89,6 +89,7 @@ def _seconds(
     return min(times[1:])
 
 
-def _synchronize(x: Tensor) -> None:
+def synchronize(x: Tensor) -> None:
+    """Wait until the device of ``x`` has done what it was asked, so that a clock can be read."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)

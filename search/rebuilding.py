@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search.precision import Precision
+from search.precision import Precision, synchronize
 from tenfold.layers import FactorizedLayer
 from tenfold.layers.base import ConvChain, TransposedChain
 
@@ -118,14 +118,9 @@ def _timing(name: str, precision: Precision, found: list[str]) -> Callable[[nn.M
 
 def _seconds(layer: nn.Module, x: Tensor, precision: Precision) -> float:
     x = x.requires_grad_(x.is_floating_point())
-    _synchronize(x)
+    synchronize(x)
     start = time.perf_counter()
     with torch.enable_grad(), precision.autocast((x,)):
         layer(x).sum().backward()
-    _synchronize(x)
+    synchronize(x)
     return time.perf_counter() - start
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

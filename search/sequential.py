@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from search.tune import (
     TrainingData,
     Tuned,
     learning_rate,
+    stream,
 )
 
 __all__ = ["train_blocks"]
@@ -163,7 +164,7 @@ class _Sequential:
         torch.manual_seed(self.seed)
         self.module.to(self.runtime.device).eval()
         self.original.to(self.runtime.device).eval()
-        first = self._inputs(next(self._stream(0)))
+        first = self._inputs(next(stream(self.data.train, self.batch, self.seed, 0)))
         if facts:
             self.precision = Precision(facts["precision"])
             state = facts["state"]
@@ -225,7 +226,7 @@ class _Sequential:
     ) -> Outcome:
         clock = Clock(self.total, self.state.step)
         last_save = time.monotonic()
-        batches = self._stream(self.state.step)
+        batches = stream(self.data.train, self.batch, self.seed, self.state.step)
         for at in range(sum(end <= self.state.step for end in self.ends), len(self.blocks)):
             self._enter(at)
             every = max(self.per_epoch, math.ceil((self.ends[at] - self._begin) / LOOKS))
@@ -375,17 +376,6 @@ class _Sequential:
             network.zero_grad(set_to_none=True)
 
     # ------------------------------------------------------------------------------------------------ in and out
-
-    def _stream(self, start: int) -> Iterator[Batch]:
-        epoch, skip = divmod(start, self.per_epoch)
-        while True:
-            order = (self.seed * 1_000_003 + epoch) % 2**31
-            for index, batch in enumerate(self.data.train.batches(self.batch, shuffle=order, augment=True)):
-                if index >= self.per_epoch:
-                    break
-                if index >= skip:
-                    yield batch
-            epoch, skip = epoch + 1, 0
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """On the device, and as many as the network takes: a batch that is too short repeats its last sample."""

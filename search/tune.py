@@ -25,7 +25,7 @@ from search.precision import Precision, choose
 from search.rebuilding import chained, quicker_rebuilt, rebuild
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
-__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate"]
+__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate", "stream"]
 
 Report = Callable[[str, float, float], None]
 
@@ -164,6 +164,20 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (total - warm + 1))))
 
 
+def stream(train: Samples, batch: int, seed: int, start: int) -> Iterator[Batch]:
+    """Augmented batches without end, from step ``start`` on; which ones follows from the seed and the step alone."""
+    per_epoch = max(1, len(train) // batch)
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        order = (seed * 1_000_003 + epoch) % 2**31
+        for index, rows in enumerate(train.batches(batch, shuffle=order, augment=True)):
+            if index >= per_epoch:
+                break  # the incomplete last batch: its statistics would be another's
+            if index >= skip:
+                yield rows
+        epoch, skip = epoch + 1, 0
+
+
 class _Training:
     def __init__(
         self,
@@ -201,7 +215,7 @@ class _Training:
         self.module.to(self.runtime.device)
         self.original.to(self.runtime.device).eval()
         self.optimizer = _optimizer(self.module, self.recipe)
-        inputs, _ = self._to_device(next(self._stream(0)))
+        inputs, _ = self._to_device(next(stream(self.data.train, self.batch, self.seed, 0)))
         with torch.no_grad():
             teacher = self._answer(self.original, inputs).float()
         self.loss_of: Objective = objective(
@@ -270,7 +284,7 @@ class _Training:
         state = self.state
         clock = Clock(self.total, state.step)
         last_save = time.monotonic()
-        batches = self._stream(state.step)
+        batches = stream(self.data.train, self.batch, self.seed, state.step)
         while state.step < self.total:
             pause_while_measuring(self.runtime.latency_lock)
             if not self._step(self._to_device(next(batches))):
@@ -389,17 +403,6 @@ class _Training:
         return (seen.value if higher_is_better(self.metric) else -seen.value, -seen.loss)
 
     # ------------------------------------------------------------------------------------------------ in and out
-
-    def _stream(self, start: int) -> Iterator[Batch]:
-        epoch, skip = divmod(start, self.per_epoch)
-        while True:
-            order = (self.seed * 1_000_003 + epoch) % 2**31
-            for index, batch in enumerate(self.data.train.batches(self.batch, shuffle=order, augment=True)):
-                if index >= self.per_epoch:
-                    break  # the incomplete last batch: its statistics would be another's
-                if index >= skip:
-                    yield batch
-            epoch, skip = epoch + 1, 0
 
     def _to_device(self, batch: Batch) -> Batch:
         inputs, labels = batch

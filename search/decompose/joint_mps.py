@@ -101,9 +101,7 @@ class JointMPS:
         if shared.is_whole:
             first, core, last = (v.detach().to("cpu", torch.float64) for v in shared.links(module.at))
             outer = last @ core.flatten(1)
-            index = 0
-            for i, size in zip(module.at, shared.grid, strict=True):
-                index = index * size + i
+            index = shared.place(module.at)
             with torch.no_grad():
                 shared.first[index] = refine(problem, first, outer, outer.shape[1] // len(first)).to(shared.first.dtype)
         return problem.error(module.dense_weight().detach().double().cpu().flatten(1)) / problem.energy

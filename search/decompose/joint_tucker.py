@@ -107,9 +107,7 @@ class JointTucker:
             weights = problem.rows.square()
             gram = last.T @ (weights[:, None] * last)
             cross = last.T @ (weights[:, None] * rest.spread(rest.target))
-            index = 0
-            for i, size in zip(module.at, shared.grid, strict=True):
-                index = index * size + i
+            index = shared.place(module.at)
             with torch.no_grad():
                 shared.core[index] = own_core(gram, rest.full, cross).reshape(shared.core[index].shape)
         return problem.error(module.dense_weight().detach().double().cpu().flatten(1)) / problem.energy

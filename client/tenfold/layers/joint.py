@@ -98,6 +98,13 @@ class SharedFactors(nn.Module):
         """The member's ``first`` (low, in), ``core`` (high, low, *kernel) and ``last`` (out, high)."""
         raise NotImplementedError
 
+    def place(self, at: Sequence[int]) -> int:
+        """``at``, the first coordinates of a member, as one index: the last of them runs fastest."""
+        index = 0
+        for i, size in zip(at, self.grid, strict=False):
+            index = index * size + i
+        return index
+
     @property
     def is_whole(self) -> bool:
         """Whether no grid mode is cut, so that each member has a link of its own."""
@@ -153,9 +160,7 @@ class MPSFactors(SharedFactors):
         return [(bonds[k], self.grid[k], bonds[k + 1]) for k in range(self._whole, len(self.grid))]
 
     def links(self, at: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        index = 0
-        for i, size in zip(at[: self._whole], self.grid, strict=False):
-            index = index * size + i
+        index = self.place(at[: self._whole])
         if self.is_whole:
             return self.first[index], self._shaped(self.core), self.last
         (i, *others), (mode, *modes) = at[self._whole :], self.modes
