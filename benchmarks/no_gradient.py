@@ -24,7 +24,19 @@ from benchmarks.datasets import prepare
 from search.allocate import allocate
 from search.bench import read_weights
 from search.session import Session
-from search.spec import Augmentation, Budget, Cost, DataSpec, JobSpec, Profile, Rung, SearchSpec, Transform, TrialWork
+from search.spec import (
+    Augmentation,
+    Budget,
+    Cost,
+    DataSpec,
+    JobSpec,
+    Plan,
+    Profile,
+    Rung,
+    SearchSpec,
+    Transform,
+    TrialWork,
+)
 
 TRANSFORM = Transform(
     scale=1 / 255,
@@ -78,14 +90,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 def row(session: Session, profile: Profile, ratio: float, seed: int, out: Path) -> dict[str, Any]:
     """One trial's cheap rung, then its one look at the test images."""
-    plan = allocate(
-        profile.sites,
-        1 / ratio,
-        groups=profile.groups,
-        cost={Cost.PARAMETERS: 1.0},
-        fixed_parameters=profile.costs.parameters - sum(s.dense_parameters for s in profile.sites),
-        fixed_macs=profile.costs.macs - sum(s.dense_macs for s in profile.sites),
-    )
+    plan = plan_at(profile, 1 / ratio)
     work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.CHEAP)
     result = session.trial(work, profile, None, None, None, out)
     network, _ = read_weights(session.bench.original, out / "weights.safetensors")
@@ -109,6 +114,18 @@ def row(session: Session, profile: Profile, ratio: float, seed: int, out: Path) 
         "test_s": round(time.perf_counter() - began, 1),
         "plan": {site: entry.model_dump(mode="json") for site, entry in plan.items()},
     }
+
+
+def plan_at(profile: Profile, kept: float, macs_share: float = 0.0) -> Plan:
+    """The allocator's plan at a share of the cost: parameters, with multiply-accumulates for ``macs_share`` of it."""
+    return allocate(
+        profile.sites,
+        kept,
+        groups=profile.groups,
+        cost={Cost.PARAMETERS: 1 - macs_share, Cost.MACS: macs_share},
+        fixed_parameters=profile.costs.parameters - sum(s.dense_parameters for s in profile.sites),
+        fixed_macs=profile.costs.macs - sum(s.dense_macs for s in profile.sites),
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

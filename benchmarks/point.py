@@ -18,19 +18,15 @@ from typing import Any
 import torch
 
 from benchmarks.datasets import prepare
-from benchmarks.no_gradient import TRANSFORM
-from search.allocate import allocate
+from benchmarks.no_gradient import TRANSFORM, plan_at
 from search.bench import read_weights
 from search.session import Session
 from search.spec import (
     Augmentation,
     Budget,
-    Cost,
     DataSpec,
     FineTune,
     JobSpec,
-    Plan,
-    Profile,
     Rung,
     SearchSpec,
     TrialWork,
@@ -78,7 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             report=_tell(),
         )
         profile = session.profile(0, None)
-        work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan_of(profile, arguments), rung=Rung.CHEAP)
+        plan = plan_at(profile, arguments.kept, arguments.macs_share)
+        work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.CHEAP)
         cheap = session.trial(work, profile, None, None, None, Path(scratch) / "cheap")
         network, _ = read_weights(session.bench.original, Path(scratch) / "cheap" / "weights.safetensors")
         before = session.bench.verify(network).value
@@ -107,18 +104,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began),
         "notes": list(full.notes),
         "curve": [record.model_dump(mode="json") for record in full.curve],
-        "plan": {site: entry.model_dump(mode="json") for site, entry in work.plan.items()},
+        "plan": {site: entry.model_dump(mode="json") for site, entry in plan.items()},
     }
-
-
-def plan_of(profile: Profile, arguments: argparse.Namespace) -> Plan:
-    return allocate(
-        profile.sites,
-        arguments.kept,
-        cost={Cost.PARAMETERS: 1 - arguments.macs_share, Cost.MACS: arguments.macs_share},
-        fixed_parameters=profile.costs.parameters - sum(s.dense_parameters for s in profile.sites),
-        fixed_macs=profile.costs.macs - sum(s.dense_macs for s in profile.sites),
-    )
 
 
 def _tell() -> Any:

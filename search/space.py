@@ -4,7 +4,7 @@ Both turn the sampler's parameters into a ``Plan`` and know their first points. 
 space travel along untouched: ``start`` names a given first point, ``learning_rate_scale`` is read by training.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from search.spec import LEARNING_RATE_SCALE, Cost, CurvePoint, JobSpec, Plan, Si
 from search.spec import Space as SpaceKind
 from search.vbmf import weakened
 
-__all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "at_share", "space_for", "starts"]
+__all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "analytic", "at_share", "space_for", "starts"]
 
 Params = dict[str, str | int | float | bool]
 
@@ -185,8 +185,8 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     others = iter(
         (  # not computed before they are wanted
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[0], method))),
-            lambda: given("weakened", _analytic(ground, method, _WEAKENING)),
-            lambda: given("evbmf", _analytic(ground, method, 1.0)),
+            lambda: given("weakened", analytic(ground, (method,), _WEAKENING)),
+            lambda: given("evbmf", analytic(ground, (method,), 1.0)),
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[1], method))),
         )
     )
@@ -220,10 +220,15 @@ def _allocated(
     return ground.complete(plan)
 
 
-def _analytic(ground: Ground, method: str, w: float) -> Plan:
-    """The ranks of analytic variational Bayes, weakened: R - w (R - R_EVBMF) (MUSCO); w = 1 takes them as they are."""
+def analytic(ground: Ground, methods: Sequence[str], w: float) -> Plan:
+    """The ranks of analytic variational Bayes, weakened: R - w (R - R_EVBMF) (MUSCO); w = 1 takes them as they are.
+
+    Each site by the first of ``methods`` that it has a curve of, at the curve's nearest point. R is the highest rank
+    that still makes the site smaller than it is.
+    """
     plan: Plan = {}
     for site in (*ground.sites, *ground.groups):
+        method = next((m for m in methods if site.curves.get(m)), methods[0])
         curve, chosen = site.curves.get(method, ()), site.evbmf.get(method, ())
         if not curve or len(chosen) != len(curve[0].ranks):
             continue

@@ -20,13 +20,13 @@ from torch import nn
 import tenfold
 from benchmarks.datasets import prepare
 from benchmarks.papers.table import Settings, Table
-from search.ground import Ground, ground_of
+from search.ground import ground_of
 from search.intake.architectures import build
 from search.session import Session
+from search.space import analytic
 from search.spec import (
     Augmentation,
     Budget,
-    CurvePoint,
     DataSpec,
     FineTune,
     JobSpec,
@@ -34,13 +34,11 @@ from search.spec import (
     Profile,
     Rung,
     SearchSpec,
-    SitePlan,
     Task,
     Transform,
     TrialResult,
     TrialWork,
 )
-from search.vbmf import weakened
 
 __all__ = ["run"]
 
@@ -144,7 +142,7 @@ def _steps(
         original = original or profile
         last = step == len(weakenings) - 1
         rung = Rung.FULL if last else Rung.SHORT
-        plan = analytic(ground_of(session.bench.spec, profile, plan), w)
+        plan = analytic(ground_of(session.bench.spec, profile, plan), METHODS, w)
         work = TrialWork(number=step, stage=step, parent=None, params={}, plan=plan, rung=rung)
         if first is None:
             cheap = work.model_copy(update={"rung": Rung.CHEAP})
@@ -155,27 +153,6 @@ def _steps(
     assert original is not None
     assert first is not None
     return original, first, result
-
-
-def analytic(ground: Ground, w: float) -> Plan:
-    """EVBMF's ranks weakened by ``w``, Tucker-2 where it applies and SVD elsewhere; the nearest point of the curve.
-
-    What they are weakened from is the highest rank that still makes a layer smaller than it is.
-    """
-    plan: Plan = {}
-    for site in ground.sites:
-        method = next((m for m in METHODS if site.curves.get(m)), None)
-        if method is None:
-            continue
-        curve = site.curves[method]
-        full = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
-        wanted = [weakened(rank, most, w) for rank, most in zip(site.evbmf[method], full, strict=True)]
-        plan[site.site] = SitePlan(method=method, ranks=min(curve, key=lambda p: _distance(p, wanted)).ranks)
-    return ground.complete(plan)
-
-
-def _distance(point: CurvePoint, wanted: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    return sum(abs(a - b) for a, b in zip(point.ranks, wanted, strict=True)), point.ranks
 
 
 # ------------------------------------------------------------------------------------------------ the tasks
