@@ -43,7 +43,10 @@ def hypervolumes(
     while len(history) < trials:
         for work in next_trials(spec, profile, history, min(k, trials - len(history))):
             result = surface.result(spec, work.plan, Rung.CHEAP, work.params)
-            values = work.model_dump(exclude={"kind"}) | {"state": TrialState.DONE, "results": {Rung.CHEAP: result}}
+            values = work.model_dump(exclude={"kind", "epochs"}) | {
+                "state": TrialState.DONE,
+                "results": {Rung.CHEAP: result},
+            }
             history.append(TrialRecord.model_validate(values))
             # Below half of the budget a candidate is no better for it: that is what the search is told, too.
             drop = max(surface.drop(work.plan, 0.0) / max_drop, 0.5)

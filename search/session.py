@@ -38,7 +38,7 @@ from search.spec import (
     entry_of,
 )
 from search.surgery import dense_of
-from search.tune import Runtime
+from search.tune import Runtime, epoch_seconds
 from tenfold.layers import JointLayer
 
 __all__ = ["Session", "inspect_data", "inspect_model"]
@@ -138,6 +138,7 @@ class Session:
             groups=groups,
             seconds=time.monotonic() - began,
             notes=tuple(n for n in (bench.seen_before,) if n),
+            epoch_seconds=self._epoch_seconds(),
         )
 
     def trial(
@@ -157,6 +158,7 @@ class Session:
     def refine(
         self,
         record: TrialRecord,
+        epochs: float,
         profile: Profile,
         parent: Path | None,
         weights: Path | None,
@@ -171,6 +173,7 @@ class Session:
             params=record.params,
             plan=record.plan,
             rung=Rung.FULL,
+            epochs=epochs,
         )
         return self.trial(work, profile, parent, weights, checkpoint, out)
 
@@ -212,6 +215,13 @@ class Session:
         ]
 
     # ------------------------------------------------------------------------------------------------ pieces
+
+    def _epoch_seconds(self) -> float:
+        bench = self.bench
+        if not bench.spec.fine_tune.trains:
+            return 0.0
+        bench.report("timing a step of training", 0, 1)
+        return epoch_seconds(bench.original, bench.data, bench.spec.fine_tune, bench.runtime)
 
     def _layer_table(self) -> tuple[LayerInfo, ...]:
         if self._layers is None:

@@ -73,8 +73,10 @@ Metric = Annotated[
 ]
 Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, bytes, latency; may be repeated.")]
 Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
-Epochs = Annotated[float | None, typer.Option(help="Epochs of the final fine-tuning.")]
-Hours = Annotated[float | None, typer.Option(help="Wall-clock limit of the search.")]
+Epochs = Annotated[
+    float | None, typer.Option(help="Epochs of the final fine-tuning (default: what --hours leave time for, else 10).")
+]
+Hours = Annotated[float | None, typer.Option(help="Wall-clock time for search and fine-tuning.")]
 Architecture = Annotated[
     str | None, typer.Option(help='Of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}')
 ]

@@ -160,7 +160,8 @@ def keypoints(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def work(plan: Plan, rung: Rung) -> TrialWork:
-    return TrialWork(number=3, stage=0, parent=None, params={}, plan=plan, rung=rung)
+    epochs = {Rung.CHEAP: 0, Rung.SHORT: 2, Rung.FULL: 3}[rung]
+    return TrialWork(number=3, stage=0, parent=None, params={}, plan=plan, rung=rung, epochs=epochs)
 
 
 def record(plan: Plan, *results: TrialResult) -> TrialRecord:
@@ -190,7 +191,7 @@ def test_a_job_goes_from_the_profile_to_files_that_measure_the_same(
     assert cheap.outcome is Outcome.OK
     assert cheap.value is not None
     assert cheap.costs.parameters <= 0.5 * profile.costs.parameters
-    full = session.refine(record(plan, cheap), profile, None, weights, None, tmp_path / "full")
+    full = session.refine(record(plan, cheap), 3, profile, None, weights, None, tmp_path / "full")
     assert full.value is not None
     assert full.value >= cheap.value
     assert full.verify_drop is not None

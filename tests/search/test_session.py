@@ -107,7 +107,8 @@ def job(uploads: Uploads, tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 
 def work(plan: Plan, rung: Rung, stage: int = 0, parent: int | None = None) -> TrialWork:
-    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung)
+    epochs = {Rung.CHEAP: 0, Rung.SHORT: 1, Rung.FULL: 3}[rung]
+    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung, epochs=epochs)
 
 
 def record(plan: Plan, *results: TrialResult, stage: int = 0) -> TrialRecord:
@@ -180,7 +181,13 @@ def test_rungs_build_on_each_other_and_the_last_checks_the_budget(job: Opened, t
     assert short.value is not None
     assert short.value >= cheap.value
     full = session.refine(
-        record(plan, cheap, short), profile, None, tmp_path / "short" / "weights.safetensors", None, tmp_path / "full"
+        record(plan, cheap, short),
+        3,
+        profile,
+        None,
+        tmp_path / "short" / "weights.safetensors",
+        None,
+        tmp_path / "full",
     )
     assert full.rung is Rung.FULL
     assert [r.epoch for r in full.curve] == [1, 2, 3]
@@ -212,11 +219,11 @@ def test_a_candidate_trains_at_its_own_learning_rate(job: Opened, tmp_path: Path
 def test_a_share_of_a_rungs_epochs_is_spent_block_by_block(
     uploads: Uploads, job: Opened, tmp_path: Path, share: float
 ) -> None:
-    recipe = JOB.fine_tune.model_copy(update={"sequential": share, "epochs": 2.0})
+    recipe = JOB.fine_tune.model_copy(update={"sequential": share})
     session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"fine_tune": recipe}))
     plan = {"conv2": SitePlan(method="svd", ranks=(3,)), "fc1": SitePlan(method="svd", ranks=(3,))}
     cheap = session.trial(work(plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "cheap")
-    for rung, epochs in ((Rung.SHORT, 1), (Rung.FULL, 2)):
+    for rung, epochs in ((Rung.SHORT, 1), (Rung.FULL, 3)):
         result = session.trial(work(plan, rung), job.profile, None, None, None, tmp_path / rung)
         assert result.epochs == pytest.approx(epochs, abs=0.1)
         assert result.curve[-1].epoch == result.epochs
