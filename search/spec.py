@@ -53,6 +53,7 @@ __all__ = [
     "SitePlan",
     "Space",
     "SplitSizes",
+    "Storage",
     "Task",
     "TensorInfo",
     "Transform",
@@ -144,6 +145,13 @@ class ExportFormat(StrEnum):
     ONNX = "onnx"
     SAFETENSORS = "safetensors"
     REPORT = "report"
+
+
+class Storage(StrEnum):
+    """Of the weights in the files that are written beside the float32 ones."""
+
+    FLOAT16 = "float16"
+    INT8 = "int8"
 
 
 class Sampler(StrEnum):
@@ -362,6 +370,8 @@ class JobSpec(Value):
     fine_tune: FineTune = FineTune()
     search: SearchSpec = SearchSpec()
     export: tuple[ExportFormat, ...] = tuple(ExportFormat)
+    storage: tuple[Storage, ...] = ()
+    """Also write ``.pt2`` and ``.onnx`` with weights rounded to these, each measured on the verify split by itself."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "JobSpec":
@@ -370,6 +380,12 @@ class JobSpec(Value):
                 raise ValueError(f"{name} is empty: name at least one of {[c.value for c in known]}")
             if len({*given}) < len(given):
                 raise ValueError(f"{name} names {[c.value for c in given]}: name each once")
+        if len({*self.storage}) < len(self.storage):
+            raise ValueError(f"storage names {[s.value for s in self.storage]}: name each once")
+        if self.storage and not {ExportFormat.PT2, ExportFormat.ONNX} & {*self.export}:
+            raise ValueError(
+                f"storage is of .pt2 and .onnx files: add pt2 or onnx to export {[f.value for f in self.export]}"
+            )
         return self
 
 

@@ -34,7 +34,7 @@ from search.spec import (
 from search.surgery import dense_of
 from search.tune import Tuned, fine_tune
 
-__all__ = ["build", "measure_latency", "run"]
+__all__ = ["build", "measure_latency", "run", "verified"]
 
 Save = Callable[[Path], None]
 
@@ -233,7 +233,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
     checked: dict[str, object] = {}
     if work.rung is Rung.FULL and value is not None and network is not None:
         bench.report("checking on the verify split", 0, 1)
-        checked = _verified(bench, network)
+        checked = verified(bench, network)
     return TrialResult(
         rung=work.rung,
         outcome=found.outcome,
@@ -249,7 +249,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
     )
 
 
-def _verified(bench: Bench, network: nn.Module) -> dict[str, object]:
+def verified(bench: Bench, network: nn.Module) -> dict[str, object]:
     """The check on data that nothing was chosen on."""
     original, seen = bench.on_verify, bench.verify(network)
     if not seen.finite:

@@ -28,6 +28,7 @@ from search.spec import (
     Rung,
     SearchSpec,
     SitePlan,
+    Storage,
     Task,
     Transform,
     TrialRecord,
@@ -256,6 +257,26 @@ def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_pa
     assert {layer["name"] for layer in report["layers"] if layer["method"]} == set(job.plan)
     assert len(report["inputs"]["model sha256"]) == 64
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
+    """Also int8 of so small a network is near it; a clean process finds what the report says."""
+    session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"storage": tuple(Storage)}))
+    result = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")
+    out = tmp_path / "out"
+    files = session.export(record(job.plan, result), tmp_path / "t" / "weights.safetensors", job.profile, out)
+    sizes = {f["filename"]: (out / f["filename"]).stat().st_size for f in files}
+    assert sizes["model-int8.onnx"] < sizes["model-float16.onnx"] < sizes["model.onnx"]
+    rows = json.loads((out / "report.json").read_text())["storage"]
+    assert [row["weights"] for row in rows] == ["float32", "float16", "int8"]
+    told = {row["weights"]: row for row in rows}
+    for storage in Storage:
+        for suffix in ("pt2", "onnx"):
+            found = reload.check(out / f"model-{storage}.{suffix}", out / "check.npz")
+            assert found["max_difference"] < 1e-4
+            assert found["value"] == pytest.approx(told[storage]["verify_value"], abs=0.005)
+        assert told[storage]["verify_value"] == pytest.approx(told["float32"]["verify_value"], abs=0.03)
+    assert "Fewer bits" in (out / "report.html").read_text()
 
 
 def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opened, tmp_path: Path) -> None:

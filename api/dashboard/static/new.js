@@ -40,6 +40,7 @@ export async function newPage(main, signal) {
       field("max-drop", "May lose: points, or % of a loss", number("max-drop", { value: "0.5", min: "0", step: "any", required: true })),
       field("minimize", "Make small", select("minimize", [["parameters", "parameters"], ["macs", "multiply-accumulates"], ["bytes", "bytes"], ["latency", "measured latency"]])),
       field("trials", "Trials", number("trials", { value: "30", min: "1", step: "1" })),
+      field("storage", "Also store weights as", select("storage", [["", "float32 only"], ["float16", "float16"], ["int8", "int8"], ["float16,int8", "float16 and int8"]])),
       field("hours", "Hours that it may take", number("hours", { min: "0", step: "any", placeholder: "no limit" })),
       field("epochs", "Epochs of fine-tuning", number("epochs", { min: "0", step: "any", placeholder: "what the hours allow, or 10" })))),
     h("div", { class: "card" }, h("h2", {}, "How the data is read"),
@@ -101,6 +102,7 @@ export async function newPage(main, signal) {
       await Promise.all([ready(`/v1/models/${m.id}`, "model"), ready(`/v1/datasets/${d.id}`, "data")]);
       const job = await post("/v1/jobs", { model: m.id, dataset: d.id, name: model.file().name.replace(/\.\w+$/, ""),
         budget: { max_drop: Number(at("max-drop")) / 100 }, minimize: [at("minimize")],
+        storage: at("storage").split(",").filter(Boolean),
         search: { trials: Number(at("trials")), ...given("hours") },
         fine_tune: { ...given("epochs"), ...(joints.hidden ? {} : { heatmap_sigma: Number(at("sigma")) }) } });
       if (!signal.aborted) location.hash = `#/jobs/${job.id}`;
