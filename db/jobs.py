@@ -177,7 +177,8 @@ def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | N
     spec = JobSpec.model_validate(job.spec)
     more: dict[str, int | float] = {"trials": spec.search.trials + trials}
     if spec.search.hours is not None:
-        more["hours"] = max(spec.search.hours, job.spent_seconds / 3600) + (hours or 0.0)
+        spent = job.spent_seconds / 3600
+        more |= {"hours": max(spec.search.hours, spent) + (hours or 0.0), "hours_before": spent}
     job.spec = spec.model_copy(update={"search": _checked(spec.search, more)}).model_dump(mode="json")
     at = now(s)
     end_live(s, job, at)  # an export asked for since: the search decides anew

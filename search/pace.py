@@ -22,7 +22,7 @@ CHECKING = 0.6
 def out_of_time(spec: JobSpec, profile: Profile, elapsed_hours: float) -> bool:
     """Whether no candidate and no promotion may begin any more."""
     limit = _search_hours(spec, profile)
-    return limit is not None and elapsed_hours >= limit
+    return limit is not None and elapsed_hours >= spec.search.hours_before + limit
 
 
 def short_epochs(spec: JobSpec, profile: Profile) -> float:
@@ -38,8 +38,8 @@ def short_epochs(spec: JobSpec, profile: Profile) -> float:
 
 def planned_epochs(spec: JobSpec, profile: Profile) -> float:
     """Of the whole recipe, as far as it can be told before the search has ended."""
-    hours = spec.search.hours or 0.0
-    return full_epochs(spec, profile, (), SEARCHING * hours)
+    before = spec.search.hours_before
+    return full_epochs(spec, profile, (), before + SEARCHING * (_allowed_hours(spec) or 0.0))
 
 
 def full_epochs(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], elapsed_hours: float) -> float:
@@ -60,8 +60,14 @@ def epoch_seconds(profile: Profile, history: Sequence[TrialRecord]) -> float:
     return statistics.median(r.seconds / r.epochs for r in trained) if trained else profile.epoch_seconds
 
 
+def _allowed_hours(spec: JobSpec) -> float | None:
+    search = spec.search
+    return None if search.hours is None else max(0.0, search.hours - search.hours_before)
+
+
 def _search_hours(spec: JobSpec, profile: Profile) -> float | None:
-    hours, epochs = spec.search.hours, spec.fine_tune.epochs
+    """Of the allowed ones."""
+    hours, epochs = _allowed_hours(spec), spec.fine_tune.epochs
     if hours is None or not spec.fine_tune.trains:
         return hours
     if epochs == "auto":

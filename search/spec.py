@@ -349,6 +349,8 @@ class SearchSpec(Value):
     """Wall-clock time for the search and, where ``fine_tune.epochs`` is ``"auto"``, for refining.
 
     With a fixed number of epochs, the search leaves time for one such training. What has begun is never cut off."""
+    hours_before: Annotated[float, Field(ge=0)] = 0.0
+    """Of ``hours``, those that were used when the job was extended: shares are taken of the rest."""
     parallel: Annotated[int, Field(ge=1, le=256)] = 2
     sampler: Sampler = Sampler.TPE
     space: Space = Space.GUIDED

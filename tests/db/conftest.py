@@ -84,10 +84,18 @@ class House:
         with self.db.begin() as s:
             return uploads.add(s, owner, "net.pt2", blob.id).id
 
-    def new_job(self, owner: str = "ann", *, parallel: int = 2, minimize: tuple[Cost, ...] = (Cost.PARAMETERS,)) -> str:
+    def new_job(
+        self,
+        owner: str = "ann",
+        *,
+        parallel: int = 2,
+        minimize: tuple[Cost, ...] = (Cost.PARAMETERS,),
+        hours: float | None = None,
+    ) -> str:
         """A job whose model and data still wait for inspection."""
         upload = self.upload(owner)
-        spec = JobSpec(budget=Budget(max_drop=0.01), minimize=minimize, search=SearchSpec(trials=10, parallel=parallel))
+        search = SearchSpec(trials=10, parallel=parallel, hours=hours)
+        spec = JobSpec(budget=Budget(max_drop=0.01), minimize=minimize, search=search)
         with self.db.begin() as s:
             model = models.add(s, owner, upload_id=upload, name="net")
             data = datasets.add(s, owner, upload_id=upload, name="data", spec=DataSpec())

@@ -352,6 +352,17 @@ def test_extending_a_done_job_searches_on(house):
     assert len(seen.history) == 1
 
 
+def test_extending_a_job_of_some_hours_counts_from_what_it_spent(house):
+    job_id = house.searching_job(trials=1, hours=1.0)
+    house.run_trial(job_id, house.result())
+    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
+    with house.db.begin() as s:
+        s.get(Job, job_id).spent_seconds = 5400
+    _do(house, jobs.extend, job_id, trials=5, hours=2.0)
+    search = _snapshot(house, job_id).spec.search
+    assert (search.hours, search.hours_before) == (3.5, 1.5)
+
+
 def test_a_job_at_work_cannot_be_extended(house):
     with pytest.raises(Conflict) as caught:
         _do(house, jobs.extend, house.searching_job(), trials=5)

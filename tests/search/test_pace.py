@@ -88,3 +88,13 @@ def test_a_job_of_so_many_hours_is_done_in_about_so_many() -> None:
         assert max(shorts, default=0) <= min(refined)
         assert refined[0] > 10 * hours
         assert life.hours <= 1.1 * hours
+
+
+def test_an_extended_job_shares_out_the_hours_that_were_added() -> None:
+    """Two hours are spent, two more were given: 0.8 of them for the search."""
+    search = SearchSpec(trials=12, hours=4, hours_before=2, parallel=1)
+    spec = job(None).model_copy(update={"search": search})
+    assert not out_of_time(spec, profile(60), 2.7)
+    assert out_of_time(spec, profile(60), 2.8)
+    assert planned_epochs(spec, profile(60)) == planned_epochs(job(2), profile(60))
+    assert short_epochs(spec, profile(400)) == short_epochs(job(2), profile(400))
