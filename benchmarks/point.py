@@ -4,12 +4,14 @@
 
 Profile, allocation and training are the service's own (``search.session``): the allocator splits the cost, the whole
 recipe runs, and the last weights are kept, for the 5,000 images held out of training were seen by the original and can
-choose nothing. The test images are looked at once before and once after training.
+choose nothing. The test images are looked at once before and once after training. The trained weights lie beside the
+JSON.
 """
 
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -88,7 +90,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             kept if kept is not None and kept.exists() else None,
             Path(scratch) / "full",
         )
-    costs, dense = cheap.costs, profile.costs
+        shutil.copyfile(Path(scratch) / "full" / "weights.safetensors", arguments.json.with_suffix(".safetensors"))
+    costs, dense, within = cheap.costs, profile.costs, full.verify_interval
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -101,6 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "untrained_test": before,
         "test": full.verify_value,
         "drop_points": None if full.verify_drop is None else round(100 * full.verify_drop, 2),
+        "drop_interval_points": None if within is None else [round(100 * x, 2) for x in (within.low, within.high)],
         "seconds": round(time.monotonic() - began),
         "notes": list(full.notes),
         "curve": [record.model_dump(mode="json") for record in full.curve],
