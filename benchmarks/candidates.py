@@ -94,7 +94,8 @@ class Candidates:
         )
         self._trainings += 1
         weights = save_weights(network, plan, self._scratch / f"trained{self._trainings}.safetensors")
-        return Trained(bench.select(network).value, tuned.curve[-1].value, bench.verify(network).value, weights)
+        seen = [value for value in (start.result.value, *(look.value for look in tuned.curve)) if value is not None]
+        return Trained(max(seen), tuned.curve[-1].value, bench.verify(network).value, weights)
 
 
 def _subset(data: Path, rows: int, out: Path) -> Path:

@@ -79,8 +79,9 @@ def recipe(candidates: Candidates, options: argparse.Namespace) -> Iterator[Row]
         for seed in range(options.seeds):
             for share in options.shares:
                 start = candidates.built(plan_at(candidates.profile, share, 0.5))
-                for name, change in RECIPES.items():
-                    done = candidates.trained(start, BASE.model_copy(update=change), epochs=epochs, seed=seed)
+                for name in dict.fromkeys(("base", *options.variants)):
+                    changed = BASE.model_copy(update=RECIPES[name])
+                    done = candidates.trained(start, changed, epochs=epochs, seed=seed)
                     yield {
                         **_sizes(candidates, start),
                         "kept": share,
@@ -280,6 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the cost that are kept")
     parser.add_argument(
         "--lengths", type=float, nargs="+", default=(2.0, 8.0), help="recipe: epochs, the shortest first"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), help="of the recipe, beside the base"
     )
     parser.add_argument("--level", type=float, default=0.1, help="rungs: share kept by the candidates of one size")
     parser.add_argument("--plans", type=int, default=20, help="rungs: candidates of each of the two groups")

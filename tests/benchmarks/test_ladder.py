@@ -20,7 +20,9 @@ def candidates(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def options(**values: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"seeds": 1, "shares": (0.4,), "epochs": 2.0, "lengths": (1.0,), **values})
+    return argparse.Namespace(
+        **{"seeds": 1, "shares": (0.4,), "variants": tuple(ladder.RECIPES), "epochs": 2.0, "lengths": (1.0,), **values}
+    )
 
 
 def cost(row: ladder.Row) -> float:
@@ -120,9 +122,9 @@ def test_the_allocator_alone_reaches_the_simulated_boundary() -> None:
 
 def test_rows_are_written_as_json(candidates: Candidates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Candidates, "of", classmethod(lambda cls, *_, **__: candidates))
-    monkeypatch.setattr(ladder, "RECIPES", {"base": {}, "half": {"learning_rate": 0.01}})
     out = tmp_path / "results" / "recipe.json"
-    ladder.main(["recipe", "--network", "mlp_mnist", "--shares", "0.4", "--lengths", "1", "--json", str(out)])
+    words = "recipe --network mlp_mnist --shares 0.4 --lengths 1 --variants base --json"
+    ladder.main([*words.split(), str(out)])
     written = json.loads(out.read_text())
-    assert [row["recipe"] for row in written["rows"]] == ["base", "half"]
+    assert [row["recipe"] for row in written["rows"]] == ["base"]
     assert written["original"].keys() == {"select", "test"}
