@@ -16,12 +16,24 @@ from search.spec import LEARNING_RATE_SCALE, Cost, CurvePoint, JobSpec, Plan, Si
 from search.spec import Space as SpaceKind
 from search.vbmf import weakened
 
-__all__ = ["FullSpace", "GuidedSpace", "Params", "SearchSpace", "Start", "analytic", "at_share", "space_for", "starts"]
+__all__ = [
+    "LOWEST",
+    "FullSpace",
+    "GuidedSpace",
+    "Params",
+    "SearchSpace",
+    "Start",
+    "analytic",
+    "at_share",
+    "space_for",
+    "starts",
+]
 
 Params = dict[str, str | int | float | bool]
 
 _HIGHEST = 0.95
-_LOWEST = 0.02
+LOWEST = 0.02
+"""Share of the original's cost below which nothing is looked for."""
 _FIRST_RATIOS = (0.5, 0.3, 0.75, 0.2, 0.4, 0.6, 0.12, 0.9)
 """Share kept by the allocator's first points; the middle first, then outwards."""
 _LATER_RATIOS = (0.7, 0.55, 0.85, 0.45, 0.62, 0.78, 0.35, 0.93)
@@ -90,7 +102,7 @@ class GuidedSpace:
     def distributions(self) -> dict[str, BaseDistribution]:
         top = _HIGHEST * self.ground.start_share
         knobs: dict[str, BaseDistribution] = {
-            "kept": FloatDistribution(min(max(self.ground.least_share, _LOWEST), 0.8 * top), top, log=True),
+            "kept": FloatDistribution(min(max(self.ground.least_share, LOWEST), 0.8 * top), top, log=True),
             "macs_share": FloatDistribution(0.0, 1.0),
             "sensitivity": FloatDistribution(0.75, 1.25),
         }

@@ -25,7 +25,7 @@ from optuna.trial import TrialState as OptunaState
 from search.front import measured, ratios, size
 from search.ground import Ground, ground_of
 from search.predict import Predictor, unit
-from search.space import Params, SearchSpace, at_share, space_for, starts
+from search.space import LOWEST, Params, SearchSpace, at_share, space_for, starts
 from search.spec import JobSpec, Outcome, Plan, Profile, Rung, Sampler, TrialRecord, TrialState, TrialWork
 
 __all__ = ["ground_for", "next_trials", "plan_key", "rebuild"]
@@ -33,6 +33,10 @@ __all__ = ["ground_for", "next_trials", "plan_key", "rebuild"]
 _ASKS = 6
 """Times the sampler is asked again when it proposes what was tried before; then chance perturbs."""
 _PERTURBATIONS = 60
+_ALLOCATED = ("allocator", "boundary")
+"""Starts of the allocator's own plans, as it would split the cost unasked."""
+_FIRST = 2
+"""Of the allocator's own plans are measured before the gap between them is halved."""
 _CLOSED = 0.93
 """The boundary of the budget is known well enough when the sizes on both its sides are as near as this."""
 
@@ -78,8 +82,8 @@ def next_trials(
 
 
 class _Proposals:
-    """New plans for one stage: first points while there are any; then by turns at the boundary of the budget, until
-    that is known, and the sampler's; then perturbed by chance."""
+    """New plans for one stage: by turns at the boundary of the budget, until that is known, and the first points while
+    there are any, then the sampler's; then perturbed by chance."""
 
     def __init__(
         self, spec: JobSpec, space: SearchSpace, history: Sequence[TrialRecord], stage: Sequence[TrialRecord]
@@ -98,11 +102,11 @@ class _Proposals:
         self._predictor = Predictor(spec, self._profile, history)
 
     def next(self, number: int) -> tuple[Params, Plan] | None:
+        if number % 2 == 0 and (found := self._at_the_boundary()) is not None:
+            return found
         for start in self._starts:
             if self._is_new(start.plan):
                 return self._take(start.params, start.plan)
-        if number % 2 == 0 and (found := self._at_the_boundary()) is not None:
-            return found
         for attempt in range(_ASKS):
             params = self._ask(_seed(self._spec, number, attempt))
             plan = self._space.plan(params)
@@ -111,17 +115,23 @@ class _Proposals:
         return self._perturbed(random.Random(_seed(self._spec, number, _ASKS)))  # noqa: S311 - not a secret
 
     def _at_the_boundary(self) -> tuple[Params, Plan] | None:
-        """The allocator's plan half way between the smallest candidate that should keep the budget and the next
-        smaller one that should not: in tens of trials a sampler does not find that boundary, halving does."""
+        """The allocator's plan half way between its smallest candidate that should keep the budget and its next
+        smaller one that should not: in tens of trials a sampler does not find that boundary, halving does.
+
+        Only its own count: another's plan of that size that fails says nothing of the allocator's.
+        """
         kept: list[float] = []
         beyond: list[float] = []
         for record in self._stage:
             best, final = measured(record), self._predictor.final(record)
-            if best is not None and final is not None:
+            if best is not None and final is not None and record.params.get("start") in _ALLOCATED:
                 share = size(best.costs, self._profile.costs, self._spec.minimize)
                 (kept if final.mean <= self._profile.max_drop else beyond).append(share)
-        smallest = min(kept, default=self._space.ground.start_share)
-        largest = max((share for share in beyond if share < smallest), default=smallest / 2)
+        if len(kept) + len(beyond) < _FIRST:
+            return None
+        ground = self._space.ground
+        smallest = min(kept, default=ground.start_share)
+        largest = max((share for share in beyond if share < smallest), default=max(ground.least_share, LOWEST))
         if largest > _CLOSED * smallest:
             return None
         start = at_share(self._spec, self._space, math.sqrt(smallest * largest))

@@ -82,6 +82,37 @@ def test_candidates_close_in_on_the_boundary_of_the_budget() -> None:
     assert max(share for share in shares[False] if share < smallest) > 0.7 * smallest  # the first points leave 0.67
 
 
+def test_the_gap_is_halved_while_there_are_first_points_left() -> None:
+    surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
+    starts = [r.params.get("start") for r in tried(spec, surface, 6)]
+    assert starts[:2] == ["allocator", "allocator"]
+    assert "boundary" in starts[2:]
+    assert set(starts[2:]) - {"boundary"}
+
+
+def test_a_plan_of_anothers_that_fails_does_not_close_the_gap() -> None:
+    surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
+    profile = surface.profile(0)
+    first, second = (record(work, surface, spec) for work in next_trials(spec, profile, [], 2))
+    results = [r.results[Rung.CHEAP].model_copy(update={"drop": 0.0}) for r in (first, second)]
+    smallest = results[1].costs
+    below = smallest.model_copy(update={"parameters": smallest.parameters - 1})
+    failing = results[1].model_copy(update={"drop": 0.5, "costs": below})
+    history = [r.model_copy(update={"results": {Rung.CHEAP: x}}) for r, x in zip((first, second), results, strict=True)]
+    for number in (2, 3):
+        update = {"number": number, "params": {**first.params, "start": "equal_rate"}, "results": {Rung.CHEAP: failing}}
+        history.append(first.model_copy(update=update))
+    (work,) = next_trials(spec, profile, history, 1)
+    assert work.params["start"] == "boundary"
+    assert surface.costs(work.plan).parameters < 0.9 * smallest.parameters
+
+
+def test_nothing_is_halved_before_two_of_the_allocators_plans_are_measured() -> None:
+    surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
+    works = next_trials(spec, surface.profile(0), [], 6)
+    assert "boundary" not in {work.params.get("start") for work in works}
+
+
 def test_asking_for_several_at_once_or_one_by_one_is_the_same() -> None:
     surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
     history = tried(spec, surface, 14)
