@@ -27,5 +27,5 @@ def snapped(
         if any(rank > most for rank, most in zip(ranks, highest, strict=True)) or (best and best.error <= point.error):
             continue
         parameters, macs = cost(ranks)
-        raised[ranks] = CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=point.error)
+        raised[ranks] = point.model_copy(update={"ranks": ranks, "parameters": parameters, "macs": macs})
     return thin(list(raised.values()), dense)
