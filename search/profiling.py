@@ -122,7 +122,9 @@ def _groups_wanted(
     }
     taken = {name for site, entry in kept.items() for name in entry.members or (site,)}
     able = {layer.name for layer in layers}
-    offered = {"+".join(tie): ({n: (i,) for i, n in enumerate(tie)}, alone) for tie in ties if able.issuperset(tie)}
+    offered: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
+        "+".join(tie): ({n: (i,) for i, n in enumerate(tie)}, alone) for tie in ties if able.issuperset(tie)
+    }
     if joint:
         apart = [layer for layer in layers if not any(layer.name in tie for tie in ties)]
         offered |= {name: (members, joint) for name, members in find_groups(apart, bench.spec.layers).items()}

@@ -12,7 +12,7 @@ def snapped(
     curve: Sequence[CurvePoint],
     multiple: int,
     cost: Callable[[tuple[int, ...]], tuple[int, int]],
-    dense: tuple[int, int],
+    dense: tuple[int, float],
 ) -> tuple[CurvePoint, ...]:
     """The curve with every rank raised to the next multiple, and what that costs.
 

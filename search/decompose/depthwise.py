@@ -50,7 +50,8 @@ def separate(
         gram = torch.einsum("gsctd,gicjd->gsitj", pairs, shaped).flatten(3).flatten(1, 2)
         right = torch.einsum("go,gosc,goic->gsi", weights, last, cross).flatten(1)
         found = _solved(gram, right[:, :, None]).reshape(groups, rank, rows)
-        return torch.linalg.qr(found.mT).Q.mT
+        basis: Tensor = torch.linalg.qr(found.mT).Q
+        return basis.mT
 
     first = torch.stack(starts(parts, columns, rank, start))
     last, errors = last_for(first)

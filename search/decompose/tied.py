@@ -188,11 +188,12 @@ def _pooled(
         summed: Tensor = sum(share * getattr(s, name) for share, s in zip(shares, statistics, strict=True))
         return summed
 
-    return Statistics(
-        **{name: mean(name) for name in ("second", "cross", "energy", "mean_input", "mean_output")},
-        count=sum(s.count for s in statistics),
-        input_sizes=statistics[0].input_sizes,
-    ), metric
+    pooled = Statistics(
+        *(mean(name) for name in ("second", "cross", "energy", "mean_input", "mean_output")),
+        sum(s.count for s in statistics),
+        statistics[0].input_sizes,
+    )
+    return pooled, metric
 
 
 class _Sides:

@@ -93,14 +93,14 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, length, E) as (batch, heads, length, E / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def _shut(self, scores: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Both masks as one to add to the scores, (batch, heads, length, length) or what spreads to that."""
         total: Tensor | None = None
         if mask is not None:
             total = _added(mask, scores)
-            total = total.unflatten(0, (-1, self.num_heads)) if total.dim() == 3 else total
+            total = total.reshape(-1, self.num_heads, *total.shape[1:]) if total.dim() == 3 else total
         if padding is not None:
             shut = _added(padding, scores)[:, None, None]
             total = shut if total is None else total + shut

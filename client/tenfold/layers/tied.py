@@ -25,9 +25,9 @@ class LowRankHead(FactorizedLayer):
     def __init__(self, layer: nn.Linear, embedding: LowRankEmbedding) -> None:
         """``layer``: the dense layer whose bias it keeps."""
         super().__init__(embedding.ranks)
-        self.tokens: nn.Parameter = embedding.first.weight
+        self.tokens = embedding.first.get_parameter("weight")
         """A: (n, r)."""
-        self.mixing: nn.Parameter = embedding.last.weight
+        self.mixing = embedding.last.get_parameter("weight")
         """B: (d, r)."""
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
 
@@ -71,7 +71,8 @@ def tie(layers: Mapping[str, nn.Module], made: Mapping[str, FactorizedLayer]) ->
                 raise ValueError(f"{source.method} has no factors that an Embedding and a Linear can share: use svd")
             tied[name] = LowRankHead(layer, source)
         elif name != first:
-            for factor, parameter in factors_of(source).items():
+            whole = getattr(layer, "bias", None) is getattr(layers[first], "bias", None)  # the bias is one too
+            for factor, parameter in dict(source.named_parameters()).items() if whole else factors_of(source).items():
                 owner, _, leaf = factor.rpartition(".")
                 setattr(tied[name].get_submodule(owner), leaf, parameter)
     return tied

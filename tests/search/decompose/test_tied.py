@@ -83,6 +83,15 @@ def test_factors_are_the_same_tensors_and_counted_once(method: str, make: Callab
     assert {id(p) for p in whole.parameters()} == first | {id(b) for b in own}
 
 
+def test_a_bias_that_is_one_stays_one() -> None:
+    of = group(nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(8, 10, 3, padding=2, dilation=2))
+    of.layers[1].bias = of.layers[0].bias
+    fit = OF_SEVERAL["svd"].factorize(of, (3,), known(of))
+    assert fit.modules[0].output_bias is fit.modules[1].output_bias
+    whole = nn.ModuleList(fit.modules)
+    assert OF_SEVERAL["svd"].cost(of, (3,), positions(of))[0] == sum(p.numel() for p in whole.parameters())
+
+
 @EACH
 def test_gradients_reach_the_factors_from_every_use(method: str, make: Callable[[], Group]) -> None:
     of = make()
