@@ -127,20 +127,29 @@ def _layer(info: LayerInfo, profile: Profile | None, trial: TrialRecord | None) 
 
 
 def _after(layer: str, plan: SitePlan, profile: Profile) -> tuple[int, int, float] | None:
-    """Parameters, MACs and error of a replaced layer; of what several share, each has an equal part (the first the
-    remainder)."""
+    """Parameters, MACs and error of a replaced layer; of what several share, each has a part like that of what they had
+    together."""
     for site in (*profile.sites, *profile.groups):
         if site.members.keys() != plan.members.keys() or not (site.site == layer or layer in site.members):
             continue
         point = next((point for point in site.curves.get(plan.method, ()) if point.ranks == plan.ranks), None)
         if point is None or not site.members:
             return None if point is None else (point.parameters, point.macs, point.error)
-        position, count = list(site.members).index(layer), len(site.members)
-        parameters, macs = (
-            total // count + (total % count if position == 0 else 0) for total in (point.parameters, point.macs)
-        )
-        return parameters, macs, point.errors[position]
+        before = {s.site: (s.dense_parameters, s.dense_macs) for s in profile.sites}
+        alike = (1, 1) if any(name not in before for name in site.members) else None
+        had = [alike or before[name] for name in site.members]
+        position = list(site.members).index(layer)
+        parameters = _part(point.parameters, [p for p, _ in had], position)
+        return parameters, _part(point.macs, [m for _, m in had], position), point.errors[position]
     return None
+
+
+def _part(total: int, shares: Sequence[int], position: int) -> int:
+    """Of ``total`` in whole parts like ``shares``, of which the first takes the remainder."""
+    shares = shares if any(shares) else [1] * len(shares)
+    parts = [total * share // sum(shares) for share in shares]
+    parts[0] += total - sum(parts)
+    return parts[position]
 
 
 def _layers(s: Session, owner: str, job_id: str, number: int | None) -> LayersView:

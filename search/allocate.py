@@ -197,13 +197,16 @@ def _mix(cost: Mapping[Cost, float] | None) -> tuple[float, float]:
 
 
 def _points(site: SiteChoice, methods: Collection[str] | None, cap: float | None) -> list[tuple[str, CurvePoint]]:
-    """The points that may be used: those with fewer parameters than the dense layer and no more MACs."""
+    """The points that may be used: those with fewer parameters than the dense layer and no more MACs.
+
+    A look-up multiplies nothing, and any factors do: parameters are what they save.
+    """
     points = [
         (method, p)
         for method, curve in site.curves.items()
         if methods is None or method in methods
         for p in curve
-        if p.parameters < site.dense_parameters and p.macs <= site.dense_macs
+        if p.parameters < site.dense_parameters and (p.macs <= site.dense_macs or site.dense_macs == 0)
     ]
     if cap is None or not points:
         return points

@@ -24,7 +24,6 @@ from search.storage import narrowed
 from search.surgery import named_sites
 from tenfold import exporting
 from tenfold.applying import apply
-from tenfold.layers import JointLayer
 
 __all__ = ["export_all", "plan_json", "round_weights", "save_weights", "write_check", "write_onnx", "write_pt2"]
 
@@ -35,6 +34,10 @@ CHECK_BATCH = 32
 FOLDED = 256
 """Constants of an ONNX graph are folded up to so many elements, and beyond where that does not make the file larger: a
 kernel's cores stay cores."""
+
+
+TURNED = 64
+"""Smaller matrices are stored twice rather than turned round: a node takes as much room."""
 
 
 class Signature(Protocol):
@@ -89,14 +92,14 @@ def round_weights(module: nn.Module, lifted: Signature, storages: Sequence[Stora
 def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
     """All tensors of ``module`` by name, with the plan in the header.
 
-    What the layers of a joint site share is stored once, under the first one's name: the plan tells who shares it.
-    Other tied tensors are stored under each name, for a user's own network may not tie them.
+    What the layers of one site share is stored once, under the first one's name: the plan tells who shares it. Other
+    tied tensors are stored under each name, for a user's own network may not tie them.
     """
     again = _shared_before(module)
     tensors = {
         name: t.detach().to("cpu", copy=True).contiguous()
         for name, t in module.state_dict().items()
-        if not name.startswith(again)
+        if name not in again
     }
     # One key only: safetensors writes several in random order, and equal networks should be equal files.
     save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan))})
@@ -211,28 +214,40 @@ def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: S
     return [weights, recipe]
 
 
-def _shared_before(module: nn.Module) -> tuple[str, ...]:
-    """Prefixes under which factors appear that an earlier layer has too."""
-    seen: set[nn.Module] = set()
-    again = []
-    for name, layer in named_sites(module):
-        if isinstance(layer, JointLayer):
-            if layer.shared in seen:
-                again.append(f"{name}.shared.")
-            seen.add(layer.shared)
-    return tuple(again)
+def _shared_before(module: nn.Module) -> set[str]:
+    """Names under which factors appear that an earlier layer has too."""
+    seen: set[int] = set()
+    again: set[str] = set()
+    for site, layer in named_sites(module):
+        mine = dict(layer.named_parameters())
+        again |= {f"{site}.{name}" for name, parameter in mine.items() if id(parameter) in seen}
+        seen |= {id(parameter) for parameter in mine.values()}
+    return again
 
 
 def _merge_equal(graph: Any) -> None:
-    """Keep one of tensors that are equal: the exporter gives each layer its own copy of what they share, reshaped."""
+    """Keep one of tensors that are equal: the exporter gives each layer its own copy of what they share, reshaped.
+
+    One that is another turned round becomes a Transpose, which runtimes do once as they load the graph.
+    """
     first: dict[tuple[Any, ...], str] = {}
     renamed: dict[str, str] = {}
+    turned = []
     for tensor in graph.initializer:
-        key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        array = numpy_helper.to_array(tensor)
+        key = (tensor.data_type, array.shape, array.tobytes())
+        other = (tensor.data_type, array.T.shape, array.T.tobytes())
+        if array.ndim == 2 and array.size > TURNED and key not in first and other in first:
+            turned.append(onnx.helper.make_node("Transpose", [first[other]], [tensor.name], perm=[1, 0]))
+            first[key] = tensor.name
         renamed[tensor.name] = first.setdefault(key, tensor.name)
-    kept = [tensor for tensor in graph.initializer if renamed[tensor.name] == tensor.name]
+    made = {node.output[0] for node in turned}
+    kept = [t for t in graph.initializer if renamed[t.name] == t.name and t.name not in made]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    nodes = [*turned, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
 

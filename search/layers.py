@@ -1,6 +1,6 @@
 """Which layers a taken-in model has: names as the user wrote them, shapes, parameters, MACs, and what may change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from search import cost
-from search.decompose import METHODS
+from search.decompose import METHODS, OF_SEVERAL, group_of, same_weight
 from search.intake import LiftedModel
 from search.recurrent import RECURRENT
 from search.spec import LayerInfo, ModelInfo
 
 __all__ = ["describe", "layer_table"]
 
+_Options = dict[str, str | int | tuple[int, ...]]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -22,17 +23,20 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 def layer_table(lifted: LiftedModel) -> tuple[LayerInfo, ...]:
     """One row for each module with weights, in the order they run. MACs and shapes come from running one sample (or the
-    fixed batch), with hooks on the real modules."""
+    fixed batch), with hooks on the real modules. Parameters that layers share count at the first of them."""
     batch = 1 if lifted.batch == "any" else lifted.batch
     layers = {n: m for n, m in lifted.module.named_modules() if n and _has_weights(m)}
     outputs: dict[str, tuple[int, ...]] = {}
     macs: dict[str, int] = {}
+    look_ups: dict[str, int] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             y = out[0] if isinstance(out, tuple) else out
             outputs.setdefault(name, _of_one(tuple(y.shape), batch))
             macs[name] = macs.get(name, 0) + _macs(module, args[0], y) // batch
+            if isinstance(module, nn.Embedding):
+                look_ups[name] = look_ups.get(name, 0) + args[0].numel() // batch
 
         return hook
 
@@ -46,7 +50,18 @@ def layer_table(lifted: LiftedModel) -> tuple[LayerInfo, ...]:
         lifted.module.train(training)
         for h in handles:
             h.remove()
-    return tuple(_row(n, layers[n], outputs[n], macs[n], lifted.locked.get(n, "")) for n in outputs)
+    reasons = {n: lifted.locked.get(n) or _reason(layers[n]) for n in outputs}
+    for tie in same_weight(lifted.module, list(outputs)):
+        why = next((f"{n} cannot: {reasons[n]}" for n in tie if reasons[n]), "") or _reason_of_tied(lifted.module, tie)
+        for n in tie if why else ():
+            reasons[n] = reasons[n] or f"its weight is shared with {', '.join(o for o in tie if o != n)}, and {why}"
+    rows, counted = [], set[int]()
+    for name in outputs:
+        options = _options(layers[name]) | ({"look_ups": look_ups[name]} if name in look_ups else {})
+        own = {id(p): p.numel() for p in layers[name].parameters(recurse=False) if id(p) not in counted}
+        counted.update(own)
+        rows.append(_row(name, layers[name], outputs[name], sum(own.values()), macs[name], reasons[name], options))
+    return tuple(rows)
 
 
 def describe(lifted: LiftedModel) -> ModelInfo:
@@ -70,19 +85,20 @@ def _has_weights(module: nn.Module) -> bool:
     return type(module) is not nn.Module and any(True for _ in module.parameters(recurse=False))
 
 
-def _row(name: str, module: nn.Module, output: tuple[int, ...], macs: int, locked: str) -> LayerInfo:
+def _row(
+    name: str, module: nn.Module, output: tuple[int, ...], parameters: int, macs: int, reason: str, options: _Options
+) -> LayerInfo:
     weight = next((p for n, p in module.named_parameters(recurse=False) if n.startswith("weight")), None)
-    reason = locked or _reason(module)
     return LayerInfo(
         name=name,
         kind=type(module).__name__.removeprefix("Flat"),
         weight=tuple(weight.shape) if weight is not None else (),
         output=output,
-        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        parameters=parameters,
         macs=macs,
         compressible=not reason,
         reason=reason,
-        options=_options(module),
+        options=options,
     )
 
 
@@ -99,7 +115,14 @@ def _reason(module: nn.Module) -> str:
     return next((r for r in reasons if r), f"no method replaces {kind}")
 
 
-def _options(module: nn.Module) -> dict[str, str | int | tuple[int, ...]]:
+def _reason_of_tied(network: nn.Module, names: Sequence[str]) -> str:
+    """Why nothing can replace layers that hold one weight; empty when some method can."""
+    group = group_of(network, {name: (position,) for position, name in enumerate(names)})
+    reasons = [method.applies_to(group) for name, method in OF_SEVERAL.items() if name in METHODS]
+    return "" if any(r is None for r in reasons) else next(r for r in reasons if r)
+
+
+def _options(module: nn.Module) -> _Options:
     if isinstance(module, (*_CONVS, *_TRANSPOSED)):
         padding: str | tuple[int, ...] = module.padding if isinstance(module.padding, str) else tuple(module.padding)
         return {

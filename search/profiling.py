@@ -1,7 +1,6 @@
 """What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,7 +14,7 @@ from search.allocate import expected_rise
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of
+from search.decompose import AUTO, JOINT_METHODS, METHODS, OF_SEVERAL, group_of, same_weight
 from search.errors import BadRequest
 from search.groups import find_groups
 from search.layout import Quick
@@ -25,7 +24,7 @@ from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.snapping import snapped
 from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
-from tenfold.layers import joint_like
+from tenfold.layers import members_like
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -60,8 +59,10 @@ def measure_sites(
     costs can be told exactly. Raises BadRequest when no layer may change, or a fixed plan does not fit its layer.
     """
     fixed = bench.spec.layers.fixed
+    ties = same_weight(start, [layer.name for layer in layers])
     for site, chosen in fixed.items():
         _check_fixed(site, chosen, start)
+        _check_ties(site, chosen, ties)
     alone = [m for m in methods_of(bench) if m in METHODS]
     given = {name for site, chosen in fixed.items() for name in chosen.members or (site,)}
     wanted: dict[str, LayerInfo] = {}
@@ -70,7 +71,8 @@ def measure_sites(
             wanted[layer.name] = layer
     if not any(name not in given for name in wanted) and not fixed:
         raise _nothing_to_do(bench, layers)
-    groups = _groups_wanted(bench, [layer for name, layer in wanted.items() if name not in given], start, kept)
+    free = [layer for name, layer in wanted.items() if name not in given]
+    groups = _groups_wanted(bench, free, ties, start, kept)
     together = {name for members, _ in groups.values() for name in members}
     importance = _importance(start)
     found: dict[str, SiteChoice] = {}
@@ -80,18 +82,23 @@ def measure_sites(
         for name in batch:
             bench.report(f"profiling {name}", len(found), len(wanted))
             own = {kept[name].method, *alone} if name in kept else set(alone)
+            if any(name in tie for tie in ties):
+                own = set()
             choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept, multiple)
             if choice.curves:
                 found[name] = probe.measure(choice, statistics[name], len(wanted))
             elif name in together:
                 # No method of its own may be used; what an error here does to the loss must still be known.
-                usual = _choice(wanted[name], start, ["svd"], statistics[name], importance.get(name), {})
-                found[name] = probe.measure(usual, statistics[name], len(wanted)).model_copy(update={"curves": {}})
+                usual = [_usual(start.get_submodule(name))]
+                choice = _choice(wanted[name], start, usual, statistics[name], importance.get(name), {})
+                found[name] = probe.measure(choice, statistics[name], len(wanted)).model_copy(update={"curves": {}})
     joint = []
     for position, (name, (members, methods)) in enumerate(groups.items()):
         bench.report(f"profiling {name}", position, len(groups))
         statistics = collect(start, list(members), bench.calibration)
-        joint.append(_group_choice(name, members, methods, wanted, start, statistics, importance, found, kept))
+        joint.append(
+            _group_choice(name, members, methods, wanted, start, statistics, importance, found, kept, multiple)
+        )
     used = tuple(choice for choice in joint if choice.curves)
     members_of_used = {name for choice in used for name in choice.members}
     sites = tuple(found[name] for name in wanted if name in found and (found[name].curves or name in members_of_used))
@@ -101,26 +108,37 @@ def measure_sites(
 
 
 def _groups_wanted(
-    bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan
+    bench: Bench, layers: Sequence[LayerInfo], ties: Sequence[tuple[str, ...]], start: nn.Module, kept: Plan
 ) -> dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]]:
-    """Members and methods of the groups that may be decomposed together.
+    """Members and methods of the groups that may be decomposed together, and of those that hold one weight.
 
-    At a later stage, a group that is one already stays one, and layers that were replaced on their own stay so.
+    ``layers``: those that may change; ``ties``: which of all hold one weight. At a later stage, a group that is one
+    already stays one, and layers that were replaced on their own stay so.
     """
+    alone = tuple(m for m in methods_of(bench) if m in METHODS)
     joint = tuple(m for m in methods_of(bench) if m in JOINT_METHODS)
     found = {
-        site: (entry.members, tuple(dict.fromkeys((entry.method, *joint))))
+        site: (entry.members, tuple(dict.fromkeys((entry.method, *(alone if entry.method in METHODS else joint)))))
         for site, entry in kept.items()
         if entry.members
     }
     taken = {name for site, entry in kept.items() for name in entry.members or (site,)}
+    able = {layer.name for layer in layers}
+    offered: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
+        "+".join(tie): ({n: (i,) for i, n in enumerate(tie)}, alone) for tie in ties if able.issuperset(tie)
+    }
     if joint:
-        for name, members in find_groups(layers, bench.spec.layers).items():
-            fits = sum(_statistics_bytes(start.get_submodule(n)) for n in members) <= STATISTICS_BYTES
-            free = name not in found and taken.isdisjoint(members)
-            if fits and free and group_of(start, members).reason() is None:
-                found[name] = members, joint
-    return found
+        apart = [layer for layer in layers if not any(layer.name in tie for tie in ties)]
+        offered |= {name: (members, joint) for name, members in find_groups(apart, bench.spec.layers).items()}
+    for name, (members, methods) in offered.items():
+        fits = sum(_statistics_bytes(start.get_submodule(n)) for n in members) <= STATISTICS_BYTES
+        if fits and name not in found and taken.isdisjoint(members):
+            found[name] = members, methods
+    able_to = {
+        name: tuple(m for m in methods if OF_SEVERAL[m].applies_to(group_of(start, members)) is None)
+        for name, (members, methods) in found.items()
+    }
+    return {name: (members, able_to[name]) for name, (members, _) in found.items() if able_to[name]}
 
 
 def _group_choice(
@@ -133,9 +151,13 @@ def _group_choice(
     importance: Mapping[str, Tensor],
     alone: Mapping[str, SiteChoice],
     kept: Plan,
+    multiple: int,
 ) -> SiteChoice:
-    """Curves of the joint methods. What an error at a member does to the loss is what it does when it comes alone, so
-    that a group and its members' own choices are told apart by the same measure."""
+    """Curves of the methods of several layers.
+
+    What an error at a member does to the loss is what it does when it comes alone, so that a group and its members' own
+    choices are told apart by the same measure.
+    """
     group = group_of(network, members)
     infos = [layers[n] for n in group.names]
     positions = [_positions(info, layer) for info, layer in zip(infos, group.layers, strict=True)]
@@ -144,8 +166,11 @@ def _group_choice(
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
     for method_name in methods:
-        method = JOINT_METHODS[method_name]
+        method = OF_SEVERAL[method_name]
         curve = method.curve(group, known, positions, metrics=metrics)
+        if multiple > 1 and method_name in METHODS:
+            price = partial(method.cost, group, output_positions=positions, input_sizes=[s.input_sizes for s in known])
+            curve = snapped(curve, multiple, price, group.dense(positions))
         if name in kept and kept[name].method == method_name:
             ranks = kept[name].ranks
             cost = method.cost(group, ranks, positions, input_sizes=[s.input_sizes for s in known])
@@ -307,12 +332,18 @@ def _statistics_bytes(layer: nn.Module) -> int:
 
 
 def _positions(info: LayerInfo, layer: nn.Module) -> int:
-    """How often the weight is applied to one sample: for an Embedding, how many tokens are looked up; the steps of a
-    recurrent layer."""
+    """How often the weight is applied to one sample, all calls together: for an Embedding, how many tokens are looked
+    up; the steps of a recurrent layer."""
     if isinstance(layer, nn.Embedding):
-        return math.prod(info.output) // layer.embedding_dim
+        look_ups = info.options["look_ups"]
+        return look_ups if isinstance(look_ups, int) else 0
     weights = named_matrices(layer).values() if isinstance(layer, RECURRENT) else (weight_of(layer),)
     return max(1, info.macs // sum(w.numel() for w in weights))
+
+
+def _usual(layer: nn.Module) -> str:
+    """The method whose truncations tell what errors at a layer do."""
+    return "svd" if METHODS["svd"].applies_to(layer) is None else "spatial_svd"
 
 
 def _may_change(bench: Bench, name: str) -> bool:
@@ -357,26 +388,39 @@ def _check_fixed_group(site: str, chosen: SitePlan, network: nn.Module) -> None:
         raise BadRequest(
             "unknown_site", f"layers.fixed: {site}: a member is no layer of this network: {error}"
         ) from None
-    if method not in JOINT_METHODS:
+    if method not in OF_SEVERAL:
         raise BadRequest(
             "unknown_method",
-            f"layers.fixed: {site}: no method {method!r} of several layers; there are {sorted(JOINT_METHODS)}",
+            f"layers.fixed: {site}: no method {method!r} of several layers; there are {sorted(OF_SEVERAL)}",
         )
-    if reason := group.reason():
+    if reason := OF_SEVERAL[method].applies_to(group):
         raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
     none = [0] * len(group.layers)
     try:
-        joint_like(dict(zip(group.names, group.layers, strict=True)), method, chosen.ranks, chosen.members)
-        smaller = JOINT_METHODS[method].cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
+        members_like(dict(zip(group.names, group.layers, strict=True)), method, chosen.ranks, chosen.members)
+        smaller = OF_SEVERAL[method].cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
         problem = "" if smaller else "these would not make the layers smaller"
     except ValueError as error:
         problem = str(error)
     if problem:
+        takes = f"a rank for each mode of the grid {list(group.grid)}, then two for the channels"
+        if method in METHODS:
+            takes = f"ranks like {list(OF_SEVERAL[method].ranks(group)[-1])} or smaller"
         raise BadRequest(
-            "bad_rank",
-            f"layers.fixed: {site}: {method} takes a rank for each mode of the grid {list(group.grid)}, then two for "
-            f"the channels, got {list(chosen.ranks)}: {problem}",
+            "bad_rank", f"layers.fixed: {site}: {method} takes {takes}, got {list(chosen.ranks)}: {problem}"
         )
+
+
+def _check_ties(site: str, chosen: SitePlan, ties: Sequence[tuple[str, ...]]) -> None:
+    """A weight that stays in one layer saves nothing in another."""
+    layers = {*(chosen.members or (site,))}
+    for tie in ties:
+        if layers.intersection(tie) and not layers.issuperset(tie):
+            raise BadRequest(
+                "shared_weight",
+                f"layers.fixed: {site} replaces {sorted(layers)}, but {list(tie)} hold one weight: give one site with "
+                "all of them as its members, placed [0], [1] ..",
+            )
 
 
 def _nothing_to_do(bench: Bench, layers: Sequence[LayerInfo]) -> BadRequest:

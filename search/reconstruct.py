@@ -6,7 +6,8 @@ are walked together and their live values kept, so a reconstruction costs about 
 What is wanted of a layer, looking past it, is ``targets``' business.
 
 Layers that share factors cannot be fitted one after the other: what they share is fitted beforehand, to the original's
-inputs of all of them; at each of them, the walk then fits what is its own, and its mean.
+inputs of all of them; at each of them, the walk then fits what is its own, and its mean. Nor can a layer that is called
+more than once, whose later inputs hang on it: it is fitted beforehand to the original's inputs at all its calls.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
-from search.decompose import JOINT_METHODS, METHODS, group_of
+from search.decompose import METHODS, OF_SEVERAL, group_of
 from search.decompose.base import problems
 from search.errors import BadRequest
 from search.matrices import matrices, weight_from, weight_of
@@ -27,7 +28,7 @@ from search.recurrent import RECURRENT
 from search.spec import Plan, SitePlan
 from search.surgery import replace
 from search.targets import Options, Target, bias_of, dense_weight
-from tenfold.layers import FactorizedLayer, JointLayer
+from tenfold.layers import FactorizedLayer
 
 __all__ = ["Options", "fit_alone", "fit_group", "recalibrate_batch_norm", "reconstruct"]
 
@@ -78,7 +79,17 @@ def reconstruct(
     options, was_training = options or Options(), original.training
     original.eval()
     try:
-        shared = _shared(original, network, groups.values(), batches)
+        calls = [str(node.target) for node in original.graph.nodes if node.op == "call_module"]
+        again = {name for name in layers if calls.count(name) > 1}
+        ahead = {site: entry for site, entry in plan.items() if not again.isdisjoint(entry.members or (site,))}
+        for site, entry in ahead.items():
+            statistics = collect(original, list(entry.members or (site,)), batches())
+            if entry.members:
+                found |= fit_group(network, entry, statistics)
+            else:
+                found[site] = fit_alone(network, site, entry, statistics[site])
+        plan = {site: entry for site, entry in plan.items() if site not in ahead}
+        shared = _shared(original, network, (entry for entry in plan.values() if entry.members), batches)
         walk = _Walk(original, network, plan, shared, list(batches()), options, found)
         walk.batches = walk.batches[: walk.fitting(options.memory_bytes)]
         walk.run()
@@ -115,20 +126,20 @@ def fit_group(network: nn.Module, entry: SitePlan, statistics: Mapping[str, Stat
 
 def _fit_together(
     network: nn.Module, entry: SitePlan, statistics: Mapping[str, Statistics]
-) -> dict[str, tuple[JointLayer, float]]:
+) -> dict[str, tuple[FactorizedLayer, float]]:
     """The members by name, not yet in their places, and their errors."""
     group = group_of(network, entry.members)
     metrics = [_metric(_norm_behind(network, name, statistics.get(name))) for name in group.names]
     known = [statistics[name] for name in group.names] if statistics else None
-    fit = JOINT_METHODS[entry.method].factorize(group, entry.ranks, known, metrics=metrics)
+    fit = OF_SEVERAL[entry.method].factorize(group, entry.ranks, known, metrics=metrics)
     return dict(zip(group.names, zip(fit.modules, fit.errors, strict=True), strict=True))
 
 
 def _shared(
     original: nn.Module, network: nn.Module, groups: Iterable[SitePlan], batches: Batches
-) -> dict[str, JointLayer]:
+) -> dict[str, FactorizedLayer]:
     """The members of all groups, fitted to the original's own inputs; one group's statistics are held at a time."""
-    found: dict[str, JointLayer] = {}
+    found: dict[str, FactorizedLayer] = {}
     for entry in groups:
         statistics = collect(original, list(entry.members), batches())
         found |= {name: module for name, (module, _) in _fit_together(network, entry, statistics).items()}
@@ -174,7 +185,7 @@ class _Walk:
         original: fx.GraphModule,
         network: nn.Module,
         plan: Plan,
-        shared: Mapping[str, JointLayer],
+        shared: Mapping[str, FactorizedLayer],
         batches: Sequence[tuple[Tensor, ...]],
         options: Options,
         errors: dict[str, float],
@@ -342,7 +353,7 @@ class _Walk:
     ) -> nn.Module:
         module: nn.Module
         if site in self.shared:
-            module, joint = self.shared[site], JOINT_METHODS[self.plan[site].method]
+            module, joint = self.shared[site], OF_SEVERAL[self.plan[site].method]
             self.errors[site] = joint.refit(self.shared[site], layer, statistics, metric=target.metric)
         elif site in self.plan:
             module = self._factors(site, layer, statistics, target.metric, start)
@@ -383,12 +394,12 @@ def _check(network: nn.Module, site: str, entry: SitePlan) -> None:
         except AttributeError:
             raise BadRequest("unknown_site", f"the plan names {name!r}, which is no layer of this network") from None
     if entry.members:
-        if method not in JOINT_METHODS:
+        if method not in OF_SEVERAL:
             raise BadRequest(
                 "unknown_method",
-                f"{site}: no method {method!r} of several layers; there are {sorted(JOINT_METHODS)}",
+                f"{site}: no method {method!r} of several layers; there are {sorted(OF_SEVERAL)}",
             )
-        if reason := group_of(network, entry.members).reason():
+        if reason := OF_SEVERAL[method].applies_to(group_of(network, entry.members)):
             raise BadRequest("method_does_not_apply", f"{site}: {method} does not apply: {reason}")
         return
     if method not in METHODS:

@@ -295,7 +295,7 @@ class Session:
         }
 
     def _layer_facts(self, network: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-        facts = []
+        facts, counted = [], set[int]()
         for layer in self._layer_table():
             module = network.get_submodule(layer.name)
             changed = entry_of(plan, layer.name)
@@ -307,7 +307,7 @@ class Session:
                     "ranks": list(changed.ranks) if changed else [],
                     "together": len(changed.members) if changed else 0,
                     "dense_parameters": layer.parameters,
-                    "parameters": _own_parameters(module, changed),
+                    "parameters": _own_parameters(module, changed, counted),
                 }
             )
         return facts
@@ -321,10 +321,16 @@ def _format(file: Path) -> ExportFormat:
     return ExportFormat.SAFETENSORS if file.name == "plan.json" else ExportFormat.REPORT
 
 
-def _own_parameters(module: nn.Module, entry: SitePlan | None) -> int:
-    """Of a layer; of one that shares factors, its equal part of those (the first takes the remainder), and its bias."""
+def _own_parameters(module: nn.Module, entry: SitePlan | None, counted: set[int]) -> int:
+    """Of a layer, without those of a weight or of factors that are ``counted``, to which it adds its own.
+
+    Of one whose place in a grid mixes shared factors, its equal part of those (the first takes the remainder), and its
+    bias.
+    """
     if not isinstance(module, JointLayer) or entry is None:
-        return cost.parameters(module)
+        own = {id(p): p.numel() for p in module.parameters() if id(p) not in counted}
+        counted.update(own)
+        return sum(own.values())
     shared, count = cost.parameters(module.shared), len(entry.members)
     part = shared // count + (shared % count if not any(module.at) else 0)
     return part + cost.parameters(module) - shared

@@ -12,7 +12,7 @@ def snapped(
     curve: Sequence[CurvePoint],
     multiple: int,
     cost: Callable[[tuple[int, ...]], tuple[int, int]],
-    dense: tuple[int, int],
+    dense: tuple[int, float],
 ) -> tuple[CurvePoint, ...]:
     """The curve with every rank raised to the next multiple, and what that costs.
 
@@ -27,5 +27,5 @@ def snapped(
         if any(rank > most for rank, most in zip(ranks, highest, strict=True)) or (best and best.error <= point.error):
             continue
         parameters, macs = cost(ranks)
-        raised[ranks] = CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=point.error)
+        raised[ranks] = point.model_copy(update={"ranks": ranks, "parameters": parameters, "macs": macs})
     return thin(list(raised.values()), dense)

@@ -264,7 +264,8 @@ class SitePlan(Value):
     ranks: tuple[Annotated[int, Field(ge=1)], ...]
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     members: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
-    """Of a site of several layers: each layer's place in the grid, counted from 0; empty: the site is one layer."""
+    """Of a site of several layers: each layer's place in the grid, counted from 0; empty: the site is one layer. With a
+    method of one layer, the members hold one weight, and will hold one set of factors."""
 
     @model_validator(mode="after")
     def _places_fill_a_grid(self) -> "SitePlan":
@@ -416,7 +417,7 @@ class LayerInfo(Value):
     reason: str = ""
     """Why not, when it is not."""
     options: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
-    """stride, padding, dilation, groups where there are any."""
+    """stride, padding, dilation, groups where there are any; of an Embedding, how many look-ups a sample makes."""
 
 
 class ModelInfo(Value):

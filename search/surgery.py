@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from tenfold.layers import FactorizedLayer
+from tenfold.layers import FactorizedLayer, JointLayer
+from tenfold.layers.tied import factors_of
 
 __all__ = ["dense_of", "named_sites", "replace"]
 
@@ -34,8 +35,19 @@ def named_sites(module: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
 
 
 def dense_of(module: nn.Module) -> nn.Module:
-    """A copy in which every factorized layer is the dense layer that it stands for: where a next stage starts."""
+    """A copy in which every factorized layer is the dense layer that it stands for: where a next stage starts.
+
+    Layers with the same factors, whose weight was one, hold one again.
+    """
     network = copy.deepcopy(module)
+    held: dict[frozenset[int], nn.Parameter] = {}
     for name, layer in list(named_sites(network)):
-        replace(network, name, layer.dense())
+        dense = layer.dense()
+        if not isinstance(layer, JointLayer):
+            factors = frozenset(id(p) for p in factors_of(layer).values())
+            if factors in held:
+                dense.weight = held[factors]
+            elif isinstance(weight := getattr(dense, "weight", None), nn.Parameter):
+                held[factors] = weight
+        replace(network, name, dense)
     return network

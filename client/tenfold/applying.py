@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import factorized_like, joint_like
+from .layers import factorized_like, members_like
+from .layers.attention import open_attention
 
 __all__ = ["apply"]
 
@@ -17,8 +18,10 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     Args:
         module: the original network, as it was uploaded; it is not changed.
         plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``). An entry with
-            ``members`` (layer name to place in a grid) replaces those layers by ones that share factors.
+            ``members`` (layer name to place) replaces those layers by ones that share factors.
         tensors: every tensor of the compressed network by name (``model.safetensors``); shared ones under one name.
+
+    An ``nn.MultiheadAttention`` whose projections are among them becomes an ``Attention``, which calls them.
 
     Raises:
         KeyError: the plan names a layer that the module lacks.
@@ -30,12 +33,14 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
         network = tenfold.apply(MyNet(), plan, safetensors.torch.load_file("model.safetensors"))
     """
     network = copy.deepcopy(module)
+    replaced = {name for site, entry in plan.items() for name in entry.get("members") or (site,)}
+    open_attention(network, replaced | tensors.keys())
     for site, entry in plan.items():
         members = entry.get("members") or {}
         layers = {name: _layer(network, name) for name in members or (site,)}
         new: Mapping[str, nn.Module]
         if members:
-            new = joint_like(layers, entry["method"], entry["ranks"], members)
+            new = members_like(layers, entry["method"], entry["ranks"], members)
         else:
             new = {site: factorized_like(layers[site], entry["method"], entry["ranks"])}
         for name, layer in new.items():

@@ -15,12 +15,14 @@ from search.decompose.shuffled import ShuffledCP, ShuffledMethod, ShuffledTT, Sh
 from search.decompose.spatial_svd import SpatialSVD
 from search.decompose.svd import SVD
 from search.decompose.svd_recurrent import RecurrentSVD
+from search.decompose.tied import Tied, same_weight
 from search.decompose.tt import TT
 from search.decompose.tt_matrix import TTMatrix
 from search.decompose.tucker2 import SVDInput, Tucker2
 from search.recurrent import RECURRENT
 
-__all__ = ["AUTO", "JOINT_METHODS", "METHODS", "Fit", "Group", "JointFit", "JointMethod", "Method", "group_of"]
+__all__ = ["AUTO", "JOINT_METHODS", "METHODS", "OF_SEVERAL", "Fit", "Group", "JointFit", "JointMethod", "Method"]
+__all__ += ["group_of", "same_weight"]
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -34,6 +36,9 @@ METHODS: dict[str, Method] = {
 
 JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), JointMPS())}
 """Every method of several layers by its name."""
+
+OF_SEVERAL: dict[str, JointMethod] = {**JOINT_METHODS, **{name: Tied(method) for name, method in METHODS.items()}}
+"""What may replace a site of several layers: a joint method, or one of ``METHODS`` where they hold one weight."""
 
 AUTO: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod))
 """What ``methods: "auto"`` mixes, besides the joint methods where groups are given. Shuffled kernels save no

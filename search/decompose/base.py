@@ -379,15 +379,15 @@ def output_positions_of(layer: nn.Module, output_positions: int, input_sizes: Se
 
 
 def middle_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
-    """How often a k x 1 link is applied: it strides along the rows, and the columns are still the input's."""
+    """How often a k x 1 link is applied: it strides along the first axis, and the others are still the input's."""
     if input_sizes is None:
-        return output_positions * conv2d_of(layer).stride[1]
-    return _sizes_along(layer, input_sizes)[0] * input_sizes[1]
+        return output_positions * math.prod(conv_of(layer).stride[1:])
+    return _sizes_along(layer, input_sizes)[0] * math.prod(input_sizes[1:])
 
 
 def _sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spatial output sizes of a convolution for spatial ``input_sizes``."""
-    layer = conv2d_of(layer)
+    layer = conv_of(layer)
     if isinstance(layer.padding, str):
         before = after = [0] * len(layer.kernel_size)
         if layer.padding == "same":

@@ -29,7 +29,7 @@ from search.decompose.projection import conjugate_gradients
 from search.matrices import weight_of
 from search.spec import CurvePoint
 from search.vbmf import evbmf_rank
-from tenfold.layers import JointLayer, joint_like
+from tenfold.layers import FactorizedLayer, JointLayer, joint_like
 from tenfold.layers.joint import in_grid, member_reason
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "factor",
     "group_of",
     "joint_cost",
+    "member_of",
     "own_core",
     "points",
     "stacked_rank",
@@ -75,11 +76,18 @@ class Group:
         places = torch.cartesian_prod(*(torch.arange(size) for size in self.grid)).reshape(len(self.names), -1)
         return {name: tuple(place) for name, place in zip(self.names, places.tolist(), strict=True)}
 
-    def dense(self, output_positions: Sequence[int]) -> tuple[int, int]:
-        """Parameters and MACs of the dense layers together."""
-        size = math.prod(self.shape)
-        biases = sum(bias_parameters(layer) for layer in self.layers)
-        return len(self.layers) * size + biases, size * sum(output_positions)
+    def dense(self, output_positions: Sequence[int]) -> tuple[int, float]:
+        """Parameters, those that layers share once, and MACs of the dense layers together.
+
+        Infinite where there are only look-ups, as for one of them (``base.dense_cost``).
+        """
+        parameters = {id(p): p.numel() for layer in self.layers for p in layer.parameters()}
+        multiplied = [
+            weight_of(layer).numel() * positions
+            for layer, positions in zip(self.layers, output_positions, strict=True)
+            if not isinstance(layer, nn.Embedding)
+        ]
+        return sum(parameters.values()), sum(multiplied) if multiplied else math.inf
 
     def reason(self) -> str | None:
         """Why these layers cannot be decomposed together, or None."""
@@ -87,6 +95,8 @@ class Group:
         reasons = [f"{n}: {r}" for n, layer in zip(self.names, self.layers, strict=True) if (r := member_reason(layer))]
         if reasons:
             return reasons[0]
+        if len({id(w) for w in weights}) < len(weights):
+            return f"{', '.join(self.names)}: some of these hold one weight, which a method of one layer takes"
         if len({(w.shape, w.dtype, type(layer)) for w, layer in zip(weights, self.layers, strict=True)}) > 1:
             shapes = {name: tuple(w.shape) for name, w in zip(self.names, weights, strict=True)}
             return f"the members' weights are not of one shape and kind: {shapes}"
@@ -108,7 +118,7 @@ def group_of(network: nn.Module, members: Mapping[str, Sequence[int]]) -> Group:
 class JointFit:
     """The members, around the same factors, and their relative output errors, in the group's order."""
 
-    modules: tuple[JointLayer, ...]
+    modules: tuple[FactorizedLayer, ...]
     errors: tuple[float, ...]
 
     @property
@@ -121,6 +131,9 @@ class JointMethod(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def applies_to(self, group: Group) -> str | None:
+        """None when the group can be decomposed, else the reason why not."""
 
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
         """Ranks worth trying (each grid mode, low, high), all cheaper in parameters than the dense layers together."""
@@ -146,7 +159,7 @@ class JointMethod(Protocol):
         """The members of these ranks with the least sum of relative errors that is found."""
 
     def refit(
-        self, module: JointLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
+        self, module: FactorizedLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
     ) -> float:
         """Fit what is the member's own (nothing, once a grid mode is cut) to new statistics, in place; its error."""
 
@@ -450,6 +463,17 @@ def built(
     for name, layer in zip(group.names, group.layers, strict=True):
         modules[name].train(layer.training)
     return tuple(modules[name] for name in group.names)
+
+
+def member_of(module: FactorizedLayer) -> JointLayer:
+    """The layer, known to be a member of a group with a grid.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(module, JointLayer):
+        raise TypeError(f"expected a member of a group, got {type(module).__name__}")
+    return module
 
 
 def _norms(value: Tensor, axis: int) -> Tensor:

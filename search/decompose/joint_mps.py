@@ -27,13 +27,14 @@ from search.decompose.joint import (
     built,
     factor,
     joint_cost,
+    member_of,
     points,
     stacked_rank,
     truncated,
 )
 from search.decompose.projection import refine
 from search.spec import CurvePoint
-from tenfold.layers import JointLayer
+from tenfold.layers import FactorizedLayer
 
 __all__ = ["JointMPS"]
 
@@ -44,6 +45,9 @@ FIRST_SWEEPS = 2
 
 class JointMPS:
     name = "joint_mps"
+
+    def applies_to(self, group: Group) -> str | None:
+        return group.reason()
 
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
         out, in_, taps = group.shape
@@ -94,9 +98,10 @@ class JointMPS:
         return JointFit(modules, tuple(pool.errors(pool.project(family.firsts()), family.outers())))
 
     def refit(
-        self, module: JointLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
+        self, module: FactorizedLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
     ) -> float:
         problem = problems(layer, statistics, metric)[0]
+        module = member_of(module)
         shared = module.shared
         if shared.is_whole:
             first, core, last = (v.detach().to("cpu", torch.float64) for v in shared.links(module.at))

@@ -25,6 +25,7 @@ from search.decompose.joint import (
     built,
     factor,
     joint_cost,
+    member_of,
     own_core,
     points,
     stacked_rank,
@@ -32,7 +33,7 @@ from search.decompose.joint import (
 )
 from search.decompose.projection import restrict
 from search.spec import CurvePoint
-from tenfold.layers import JointLayer
+from tenfold.layers import FactorizedLayer
 
 __all__ = ["JointTucker"]
 
@@ -42,6 +43,9 @@ LOWS, HIGHS = 12, 10
 
 class JointTucker:
     name = "joint_tucker"
+
+    def applies_to(self, group: Group) -> str | None:
+        return group.reason()
 
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
         out, in_, taps = group.shape
@@ -96,9 +100,10 @@ class JointTucker:
         return JointFit(modules, tuple(pool.errors(pool.project(family.firsts()), family.outers())))
 
     def refit(
-        self, module: JointLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
+        self, module: FactorizedLayer, layer: nn.Module, statistics: Statistics, *, metric: Tensor | None = None
     ) -> float:
         problem = problems(layer, statistics, metric)[0]
+        module = member_of(module)
         shared = module.shared
         if shared.is_whole:
             first, _, last = (v.detach().to("cpu", torch.float64) for v in shared.links(module.at))

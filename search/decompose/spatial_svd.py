@@ -1,9 +1,16 @@
 """``spatial_svd`` (Jaderberg et al. 2014): k x 1 then 1 x k; the matrix ``(in * rows) x (out * columns)``.
 
+"Rows" are the kernel's first axis and "columns" its others together: with three axes k x 1 x 1 then 1 x k x k (Tran et
+al. 2018, "A closer look at spatiotemporal convolutions for action recognition", where the first axis is time). With
+groups each has its own pair of factors, all of one rank; so a depthwise k x k becomes ``r`` depthwise k x 1 for each
+channel and the sum of their 1 x k, ``2 k r`` weights for ``k k``.
+
 The plain one is a singular value decomposition. In the norm of C the two factors are found by alternating least
-squares from a whitened start: see ``projection`` with one tap for each column.
+squares from a whitened start: see ``projection`` with one tap for each column, and ``depthwise`` where a group has one
+input channel.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +20,7 @@ from search.calibrate import Statistics
 from search.decompose.base import (
     Fit,
     bias_parameters,
-    conv2d_of,
-    conv2d_sizes,
+    conv_of,
     fill,
     floor_of,
     geometry,
@@ -22,9 +28,9 @@ from search.decompose.base import (
     problems,
     ranks_between,
     relative,
-    separable_reason,
     thin,
 )
+from search.decompose.depthwise import separate
 from search.decompose.projection import (
     CURVE_SWEEPS,
     SWEEPS,
@@ -39,6 +45,7 @@ from search.decompose.tightening import tightened
 from search.decompose.variational import by_rows, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
+from tenfold.layers.base import CONVS
 
 __all__ = ["SpatialSVD"]
 
@@ -47,10 +54,14 @@ class SpatialSVD:
     name = "spatial_svd"
 
     def applies_to(self, layer: nn.Module) -> str | None:
-        return separable_reason(self.name, layer) or (None if self.ranks(layer) else "no rank makes it smaller")
+        if not isinstance(layer, CONVS) or len(layer.kernel_size) == 1:
+            return f"{self.name} replaces Conv2d and Conv3d, not {type(layer).__name__}"
+        if min(_sizes(layer)[:2]) == 1:
+            return f"a kernel of {tuple(layer.kernel_size)} has nothing to separate"
+        return None if self.ranks(layer) else "no rank makes it smaller"
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
-        rows, columns, c_in, c_out = conv2d_sizes(layer)
+        rows, columns, c_in, c_out = _sizes(layer)
         dense, step = c_in * c_out * rows * columns, c_in * rows + c_out * columns
         return tuple((r,) for r in ranks_between(1, min((dense - 1) // step, c_in * rows, c_out * columns), 40))
 
@@ -62,8 +73,8 @@ class SpatialSVD:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        rows, columns, c_in, c_out = conv2d_sizes(layer)
-        groups = conv2d_of(layer).groups
+        rows, columns, c_in, c_out = _sizes(layer)
+        groups = conv_of(layer).groups
         first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         middle = middle_positions(layer, output_positions, input_sizes)
         return first + last + bias_parameters(layer), first * middle + last * output_positions
@@ -80,9 +91,13 @@ class SpatialSVD:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        rows, columns, c_in, c_out = conv2d_sizes(layer)
+        rows, columns, c_in, c_out = _sizes(layer)
         r = ranks[0]
         parts = problems(layer, statistics, metric)
+        if c_in == 1:
+            p, q, errors = separate(parts, columns, r, start)
+            new = fill(layer, factorized_like(layer, self.name, ranks), first=p, last=q)
+            return Fit(new, relative(parts, errors))
         firsts, lasts, errors = [], [], []
         for part, begin in zip(parts, starts(parts, columns, r, start), strict=True):
             p, nested = alternate(part, begin, columns, None, SWEEPS if start is None else WARM_SWEEPS)
@@ -101,20 +116,23 @@ class SpatialSVD:
         *,
         metric: Tensor | None = None,
     ) -> tuple[CurvePoint, ...]:
-        columns = conv2d_sizes(layer)[1]
+        _, columns, c_in, _ = _sizes(layer)
         parts = problems(layer, statistics, metric)
-        bases = [project(p, columns) for p in parts]
         sizes = None if statistics is None else statistics.input_sizes
         lattice = self.ranks(layer)
-        most = lattice[-1][0]
-        lost = [errors_of_inputs(part, basis[:most], columns) for part, basis in zip(parts, bases, strict=True)]
-        points = []
-        for ranks in lattice:
-            errors = [float(e[ranks[0]]) for e in lost]
-            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
-            points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
         weight = geometry(layer)[1]
         dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
+
+        def point(ranks: tuple[int, ...], errors: Sequence[float]) -> CurvePoint:
+            parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+            return CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors))
+
+        if c_in == 1:
+            return thin([point(ranks, separate(parts, columns, ranks[0])[2]) for ranks in lattice], dense)
+        bases = [project(p, columns) for p in parts]
+        most = lattice[-1][0]
+        lost = [errors_of_inputs(part, basis[:most], columns) for part, basis in zip(parts, bases, strict=True)]
+        points = [point(ranks, [float(e[ranks[0]]) for e in lost]) for ranks in lattice]
 
         def fitted(ranks: tuple[int, ...]) -> float:
             ends = [
@@ -123,5 +141,12 @@ class SpatialSVD:
             return relative(parts, [p.floor + n.error(len(n.gains)) for p, n in zip(parts, ends, strict=True)])
 
         # The plain start cannot be improved.
-        count = 0 if statistics is None else refitted(parts, columns, most // 2)
+        count = 0 if statistics is None else refitted(parts, columns, max(most // 2, 1))
         return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int, int, int]:
+    """``(kernel rows, kernel columns, in channels, out channels)``, channels per group."""
+    conv = conv_of(layer)
+    rows, *others = conv.kernel_size
+    return rows, math.prod(others), conv.in_channels // conv.groups, conv.out_channels // conv.groups

@@ -55,5 +55,5 @@ def _core(weight: Tensor) -> Tensor:
 
 
 def by_rows(weight: Tensor) -> Tensor:
-    """(in * kernel rows, out * kernel columns)."""
-    return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    """(in * kernel rows, out * kernel columns), columns all axes but the first."""
+    return weight.movedim(0, 2).flatten(2).flatten(0, 1)

@@ -164,6 +164,24 @@ class _Lifter:
             if key not in made:
                 made[key] = _Site(self._name(node, built), built)
             self.sites[node] = _Site(made[key].name, built)
+        self._leave_turned()
+
+    def _leave_turned(self) -> None:
+        """A matrix that one layer holds as it is and another turned round stays one: the latter keeps calling it."""
+        holders = self._holders()
+        for node, site in list(self.sites.items()):
+            if site.built.transposed and len(holders[self.source[site.built.tensors["weight"]]]) > 1:
+                del self.sites[node]
+                self.names.pop(site.name, None)
+
+    def _holders(self) -> dict[str, dict[str, str]]:
+        """Tensor to the layers that multiply with it, each with its own name for it."""
+        holders: dict[str, dict[str, str]] = defaultdict(dict)
+        for site in self.sites.values():
+            for attribute, node in site.built.tensors.items():
+                if attribute.startswith("weight"):
+                    holders[self.source[node]].setdefault(site.name, attribute)
+        return holders
 
     def _note_function(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         weight = arguments.get("weight")
@@ -225,19 +243,14 @@ class _Lifter:
         return at, leaf
 
     def _lock(self) -> None:
-        """Layers whose weight is also used elsewhere cannot be replaced alone."""
-        holders: dict[str, list[str]] = defaultdict(list)
-        for site in self.sites.values():
-            for attribute, node in site.built.tensors.items():
-                if attribute.startswith("weight") and site.name not in holders[self.source[node]]:
-                    holders[self.source[node]].append(site.name)
-        for tensor, sites in holders.items():
-            for name in sites:
-                others = [s for s in sites if s != name]
-                if others:
-                    self.locked[name] = f"its weight is shared with {', '.join(others)}"
-                elif tensor in self._attributes:
+        """Layers whose weight is also used where no decomposition follows: outside them, or in a recurrent layer."""
+        for tensor, layers in self._holders().items():
+            for name in layers:
+                others = [n for n in layers if n != name]
+                if tensor in self._attributes:
                     self.locked[name] = "its weight is also used outside the layer"
+                elif others and {*layers.values()} != {"weight"}:
+                    self.locked[name] = f"its weight is shared with {', '.join(others)}"
 
     # ---------------------------------------------------------------- graph
 

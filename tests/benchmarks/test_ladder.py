@@ -89,7 +89,7 @@ def test_the_allocator_alone_halves_the_widest_gap(candidates: Candidates) -> No
     assert float(first.params["kept"]) == pytest.approx((0.95 * 0.02) ** 0.5)
     result = candidates.built(first.plan).result
     record = TrialRecord(
-        **first.model_dump(exclude={"kind"}),
+        **first.model_dump(exclude={"kind", "epochs"}),
         state="done",
         results={Rung.CHEAP: result.model_copy(update={"drop": 0.5})},
     )

@@ -62,6 +62,11 @@ def test_the_better_method_is_taken_site_by_site() -> None:
     assert allocate([a, site("b", 0.5)], 0.4, methods={"svd"})["a"].method == "svd"
 
 
+def test_a_look_up_is_replaced_for_its_parameters_though_factors_multiply() -> None:
+    embedding = site("embed", 0.5).model_copy(update={"dense_macs": 0})
+    assert "embed" in allocate([embedding, site("b", 0.5)], 0.3)
+
+
 def test_what_cannot_change_counts_toward_the_target() -> None:
     sites = [site("a", 0.4), site("b", 0.4)]
     plan = allocate(sites, 0.5, fixed_parameters=500)

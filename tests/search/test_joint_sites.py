@@ -298,7 +298,11 @@ def test_groups_and_their_plans_may_be_given(uploads: Uploads, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("entry", "code"),
     [
-        (SitePlan(method="svd", ranks=(2,), members={"stage.0.conv1": (0,), "stage.0.conv2": (1,)}), "unknown_method"),
+        (SitePlan(method="qr", ranks=(2,), members={"stage.0.conv1": (0,), "stage.0.conv2": (1,)}), "unknown_method"),
+        (
+            SitePlan(method="svd", ranks=(2,), members={"stage.0.conv1": (0,), "stage.0.conv2": (1,)}),
+            "method_does_not_apply",
+        ),
         (
             SitePlan(method="joint_mps", ranks=(2, 3, 3), members={"stage.0.conv1": (0,), "stage.7": (1,)}),
             "unknown_site",

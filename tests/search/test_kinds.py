@@ -75,8 +75,8 @@ def smaller(session: Session, folder: Path, fraction: float, sites: set[str]) ->
     plan = allocate(profile.sites, fraction, fixed_parameters=fixed)
     for choice in profile.sites:
         if choice.site in sites and choice.site not in plan:
-            curve = choice.curves["svd"]
-            plan[choice.site] = SitePlan(method="svd", ranks=curve[len(curve) // 2].ranks)
+            method, curve = max(choice.curves.items(), key=lambda entry: entry[0] == "svd")
+            plan[choice.site] = SitePlan(method=method, ranks=curve[len(curve) // 2].ranks)
     work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT, epochs=1)
     result = session.trial(work, profile, None, None, None, folder / "trial")
     predicted = [profile.costs.parameters, profile.costs.macs]
@@ -124,6 +124,8 @@ def test_an_autoencoder_with_transposed_convolutions_gets_smaller(tmp_path: Path
 
 
 class Reader(nn.Module):
+    """Looks its tokens up in two calls."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(40, 24, padding_idx=0)
@@ -131,7 +133,8 @@ class Reader(nn.Module):
         self.head = nn.Linear(32, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(tokens))[0][:, -1])
+        x = torch.cat([self.embed(tokens[:, :3]), self.embed(tokens[:, 3:])], 1)
+        return self.head(self.lstm(x)[0][:, -1])
 
 
 def test_a_reader_of_tokens_gets_smaller(tmp_path: Path) -> None:
@@ -147,6 +150,39 @@ def test_a_reader_of_tokens_gets_smaller(tmp_path: Path) -> None:
     profile = smaller(session, tmp_path, 0.4, {"embed", "lstm"})
     again = next(s for s in profile.sites if s.site == "lstm")
     assert {len(p.ranks) for p in again.curves["svd"]} == {2}
+
+
+class Mobile(nn.Module):
+    """A block as in MobileNetV2, and a depthwise convolution of one axis behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.norm1 = nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise, self.norm2 = nn.Conv2d(24, 24, 3, 2, 1, groups=24, bias=False), nn.BatchNorm2d(24)
+        self.narrow, self.norm3 = nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.line = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.norm1(self.wide(x)))
+        x = nn.functional.relu6(self.norm2(self.depthwise(x)))
+        return self.head(torch.relu(self.line(self.norm3(self.narrow(x)).mean(3))).mean(2))
+
+
+def test_a_block_with_a_depthwise_convolution_gets_smaller(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.randn(600, 8, 4, 4, generator=g), size=(8, 8), mode="bilinear")
+    classes = x[:, :3].mean((2, 3)).argmax(1)
+    network = trained(Mobile(), x, classes, nn.CrossEntropyLoss())
+    session = session_of(network, x, classes, Task.CLASSIFICATION, tmp_path, JOB)
+    rows = {r.name: r for r in inspect_model(tmp_path / "net.pt2", "auto", None, tmp_path / "m").layers}
+    assert rows["depthwise"].compressible
+    assert "depthwise" in rows["line"].reason
+    profile = smaller(session, tmp_path, 0.6, {"wide", "depthwise", "narrow"})
+    assert "line" not in {s.site for s in profile.sites}
+    (point,) = next(s for s in profile.sites if s.site == "depthwise").curves["spatial_svd"]
+    assert (point.ranks, point.parameters) == ((1,), 24 * 6)
 
 
 class Attending(nn.Module):

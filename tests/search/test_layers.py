@@ -61,6 +61,9 @@ def test_macs_and_parameters_are_those_of_the_formulas(rows: dict[str, LayerInfo
     assert rows["out"].macs == 5 * 32 * 10
     assert rows["gru"].macs == 5 * 3 * (32 * 4 + 4 * 4)
     assert rows["embed"].macs == 0
+    assert rows["embed"].options == {"look_ups": 5}
+    assert rows["embed"].parameters == 10 * 32
+    assert rows["out"].parameters == 0  # its weight is counted there
 
 
 def test_what_cannot_be_replaced_says_why(rows: dict[str, LayerInfo]) -> None:
@@ -69,7 +72,8 @@ def test_what_cannot_be_replaced_says_why(rows: dict[str, LayerInfo]) -> None:
     assert rows["up"].compressible
     assert rows["gru"].compressible
     assert "normalisation" in rows["bn"].reason
-    assert "shared with embed" in rows["out"].reason
+    assert rows["embed"].compressible
+    assert rows["out"].compressible  # with the embedding, whose weight it holds
     assert "RNN" in rows["plain"].reason
     assert not any(r.compressible for r in rows.values() if r.reason)
     assert all(r.reason for r in rows.values() if not r.compressible)
@@ -78,7 +82,7 @@ def test_what_cannot_be_replaced_says_why(rows: dict[str, LayerInfo]) -> None:
 def test_the_whole_is_the_sum_of_its_layers(lifted: LiftedModel, rows: dict[str, LayerInfo]) -> None:
     info = describe(lifted)
     assert info.macs == sum(r.macs for r in rows.values())
-    assert info.parameters == sum(p.numel() for p in Net().parameters())
+    assert info.parameters == sum(p.numel() for p in Net().parameters()) == sum(r.parameters for r in rows.values())
     assert info.batch == "any"
     assert [i.shape for i in info.inputs] == [(None, 3, 8, 8), (None, 5)]
 

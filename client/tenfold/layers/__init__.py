@@ -1,9 +1,9 @@
 """The factorized layers: plain modules that train, export and load like any other. Each stands for one dense layer
 exactly. Where a method takes both Linear and convolutions, it has a class for each. ``LAYERS`` are those that stand
-alone; ``joint_like`` makes several that share factors.
+alone; ``members_like`` makes several that share factors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -15,11 +15,11 @@ from .chains import (
     LowRankConvTranspose,
     LowRankEmbedding,
     LowRankLinear,
-    SpatialSVDConv2d,
+    SpatialSVDConv,
     Tucker2Conv,
     Tucker2ConvTranspose,
 )
-from .joint import JointLayer, JointMPS, JointTucker, joint_like
+from .joint import JOINT, JointLayer, JointMPS, JointTucker, joint_like
 from .recurrent import LowRankGRU, LowRankLSTM
 from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
@@ -32,6 +32,7 @@ from .shuffled import (
     ShuffledTuckerLinear,
 )
 from .tensor_train import RTTConv, TTLinear
+from .tied import LowRankHead, tie
 
 __all__ = [
     "LAYERS",
@@ -47,6 +48,7 @@ __all__ = [
     "LowRankConvTranspose",
     "LowRankEmbedding",
     "LowRankGRU",
+    "LowRankHead",
     "LowRankLSTM",
     "LowRankLinear",
     "RTTConv",
@@ -60,13 +62,14 @@ __all__ = [
     "ShuffledTTLinear",
     "ShuffledTuckerConv",
     "ShuffledTuckerLinear",
-    "SpatialSVDConv2d",
+    "SpatialSVDConv",
     "TTConv2d",
     "TTLinear",
     "Tucker2Conv",
     "Tucker2ConvTranspose",
     "factorized_like",
     "joint_like",
+    "members_like",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
@@ -78,7 +81,7 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     LowRankConvTranspose,
     InputLowRankConv,
     InputLowRankConvTranspose,
-    SpatialSVDConv2d,
+    SpatialSVDConv,
     Tucker2Conv,
     Tucker2ConvTranspose,
     CP3Conv,
@@ -111,3 +114,20 @@ def factorized_like(layer: nn.Module, method: str, ranks: Sequence[int]) -> Fact
             return kind.like(layer, ranks)
     kinds = sorted(t.__name__ for c in known for t in c.replaces)
     raise ValueError(f"{method} replaces {', '.join(kinds)}, got {type(layer).__name__}")
+
+
+def members_like(
+    layers: Mapping[str, nn.Module], method: str, ranks: Sequence[int], members: Mapping[str, Sequence[int]]
+) -> dict[str, FactorizedLayer]:
+    """Untrained factorized layers for several dense ``layers``, all around the same factors.
+
+    ``members``: each layer's place. A method of several layers puts them into a grid; any other method is of one
+    weight, which all of them hold.
+
+    Raises:
+        ValueError: the method is unknown, or does not replace these layers with these ranks.
+    """
+    if method in JOINT:
+        return dict(joint_like(layers, method, ranks, members))
+    ordered = {name: layers[name] for name in sorted(members, key=lambda name: tuple(members[name]))}
+    return tie(ordered, {name: factorized_like(layer, method, ranks) for name, layer in ordered.items()})

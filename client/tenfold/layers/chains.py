@@ -3,7 +3,7 @@
     LowRankLinear        first (in -> r)            last (r -> out, bias)
     LowRankConv          first k x k (in -> r)      last 1 x 1 (r -> out, bias)
     InputLowRankConv     first 1 x 1 (in -> r)      last k x k (r -> out, bias)
-    SpatialSVDConv2d     first k x 1 (in -> r)      last 1 x k (r -> out, bias)
+    SpatialSVDConv       first k x 1 (in -> r)      last 1 x k (r -> out, bias)
     Tucker2Conv          first 1 x 1 (in -> r1)     core k x k (r1 -> r2)     last 1 x 1 (r2 -> out, bias)
     LowRankEmbedding     first look-up (n -> r)     last (r -> d)
 
@@ -27,7 +27,7 @@ __all__ = [
     "LowRankConvTranspose",
     "LowRankEmbedding",
     "LowRankLinear",
-    "SpatialSVDConv2d",
+    "SpatialSVDConv",
     "Tucker2Conv",
     "Tucker2ConvTranspose",
 ]
@@ -175,16 +175,20 @@ class InputLowRankConv(ConvChain):
         return self._whole(torch.einsum("gor...,gri->goi...", q, p))
 
 
-class SpatialSVDConv2d(ConvChain):
-    """Jaderberg et al. 2014: a k x 1 convolution to ``rank`` channels (per group), then a 1 x k."""
+class SpatialSVDConv(ConvChain):
+    """Jaderberg et al. 2014: a k x 1 convolution to ``rank`` channels (per group), then a 1 x k.
+
+    With three axes k x 1 x 1, then 1 x k x k (Tran et al. 2018).
+    """
 
     method = "spatial_svd"
 
     def _build(self, bias: bool) -> None:
-        self._need_images()
+        if len(self.kernel_size) < 2:
+            raise ValueError(f"{self.method} replaces a Conv2d or Conv3d, got a kernel of {self.kernel_size}")
         middle = self.groups * self.ranks[0]
         self.first = self._link(self.in_channels, middle, (0,))
-        self.last = self._link(middle, self.out_channels, (1,), bias)
+        self.last = self._link(middle, self.out_channels, range(1, len(self.kernel_size)), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.first(x))
@@ -192,8 +196,8 @@ class SpatialSVDConv2d(ConvChain):
 
     def dense_weight(self) -> Tensor:
         q = self._of_link(self.last).squeeze(3)
-        p = self._of_link(self.first).squeeze(4)
-        return self._whole(torch.einsum("gorw,grih->goihw", q, p))
+        p = self._of_link(self.first).flatten(3)
+        return self._whole(torch.einsum("gor...,grih->goih...", q, p))
 
 
 class Tucker2Conv(ConvChain):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .base import CONVS, FactorizedLayer, fill_dense
 
-__all__ = ["JointLayer", "JointMPS", "JointTucker", "MPSFactors", "SharedFactors", "TuckerFactors", "in_grid"]
+__all__ = ["JOINT", "JointLayer", "JointMPS", "JointTucker", "MPSFactors", "SharedFactors", "TuckerFactors", "in_grid"]
 __all__ += ["joint_like"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -241,7 +241,8 @@ class JointMPS(JointLayer):
     factors = MPSFactors
 
 
-_KINDS: dict[str, type[JointLayer]] = {kind.method: kind for kind in (JointTucker, JointMPS)}
+JOINT: dict[str, type[JointLayer]] = {kind.method: kind for kind in (JointTucker, JointMPS)}
+"""The methods of several layers."""
 
 
 def member_reason(layer: nn.Module) -> str | None:
@@ -265,15 +266,15 @@ def joint_like(
     Raises:
         ValueError: the method is unknown, the layers' weights differ in shape or dtype, or the places fill no grid.
     """
-    if method not in _KINDS:
-        raise ValueError(f"unknown method {method!r} for several layers: this version knows {sorted(_KINDS)}")
+    if method not in JOINT:
+        raise ValueError(f"unknown method {method!r} for several layers: this version knows {sorted(JOINT)}")
     names, grid = in_grid(members)
     weights = [layers[name].get_parameter("weight") for name in names]
     w = weights[0]
     if any((v.shape, v.dtype) != (w.shape, w.dtype) for v in weights):
         shapes = {name: tuple(v.shape) for name, v in zip(names, weights, strict=True)}
         raise ValueError(f"{method} joins layers whose weights have one shape and dtype, got {shapes}")
-    kind = _KINDS[method]
+    kind = JOINT[method]
     shared = kind.factors(grid, w.shape[1], w.shape[0], w.shape[2:], ranks, w.device, w.dtype)
     return {name: kind(layers[name], shared, members[name]) for name in names}
 

@@ -92,11 +92,16 @@ def test_a_metric_moves_the_error_away_from_the_outputs_that_count(statistics_of
     assert gap(aimed) < gap(plain)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "tt_matrix"])  # which takes no convolutions
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("tt_matrix", "spatial_svd")])
 def test_depthwise_convolutions_are_refused_with_the_reason(name: str) -> None:
     reason = METHODS[name].applies_to(nn.Conv2d(16, 16, 3, groups=16))
     assert reason is not None
     assert "depthwise" in reason
+
+
+def test_no_method_makes_a_depthwise_kernel_of_one_axis_smaller() -> None:
+    reasons = {name: method.applies_to(nn.Conv1d(16, 16, 3, groups=16)) for name, method in METHODS.items()}
+    assert all(reasons.values()), reasons
 
 
 @pytest.mark.parametrize("name", list(METHODS))

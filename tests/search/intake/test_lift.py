@@ -155,11 +155,42 @@ def test_writes_that_others_read_stay_in_place(load: Load) -> None:
     assert torch.equal(lifted(x), model(x))
 
 
-def test_tied_weights_stay_one_parameter_and_are_locked(load: Load) -> None:
+def test_tied_weights_stay_one_parameter(load: Load) -> None:
     lifted = load(TiedLM(), (torch.randint(0, 30, (2, 7)),))
     embed, out = lifted.module.get_submodule("embed"), lifted.module.get_submodule("out")
     assert embed.weight is out.weight
-    assert set(lifted.locked) == {"embed", "out"}
+    assert not lifted.locked
+
+
+def test_a_weight_that_is_also_used_turned_round_stays_one_parameter_and_is_locked(load: Load) -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.encode(x)) @ self.encode.weight
+
+    model, x = Autoencoder().eval(), torch.randn(2, 12)
+    lifted = load(model, (x,))
+    assert "outside the layer" in lifted.locked["encode"]
+    assert sum(p.numel() for p in lifted.module.parameters()) == 12 * 5 + 5
+    torch.testing.assert_close(lifted.module(x), model(x))
+
+
+def test_recurrent_layers_of_one_weight_are_locked(load: Load) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.GRU(6, 6, batch_first=True), nn.GRU(6, 6, batch_first=True)
+            self.other.weight_ih_l0 = self.one.weight_ih_l0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(x)[0])[0]
+
+    lifted = load(Two(), (torch.randn(2, 4, 6),))
+    assert len(lifted.locked) == 2
+    assert all("shared with" in reason for reason in lifted.locked.values())
 
 
 def test_layers_that_cannot_be_lifted_are_reported(load: Load) -> None:

@@ -1,0 +1,101 @@
+"""Layers that hold one weight, around one set of factors.
+
+Layers of one kind share the factors as they are; each keeps its own bias and geometry. An Embedding and the Linear that
+maps back to its tokens hold the same (n, d) matrix, A B' with A (n, r) and B (d, r): the Embedding looks up rows of A
+and multiplies by B', the Linear multiplies by B and then by A'.
+"""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import CONVS, TRANSPOSED, FactorizedLayer, fill_dense
+from .chains import LowRankEmbedding
+
+__all__ = ["LowRankHead", "factors_of", "tie", "tied_reason"]
+
+
+class LowRankHead(FactorizedLayer):
+    """``Linear(d, n)`` with the factors of an ``Embedding(n, d)`` that holds the same weight."""
+
+    method = "svd"
+    replaces = (nn.Linear,)
+
+    def __init__(self, layer: nn.Linear, embedding: LowRankEmbedding) -> None:
+        """``layer``: the dense layer whose bias it keeps."""
+        super().__init__(embedding.ranks)
+        self.tokens = embedding.first.get_parameter("weight")
+        """A: (n, r)."""
+        self.mixing = embedding.last.get_parameter("weight")
+        """B: (d, r)."""
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.mixing.T), self.tokens, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return self.tokens @ self.mixing.T
+
+    def dense(self) -> nn.Linear:
+        w = self.dense_weight()
+        layer = nn.Linear(w.shape[1], w.shape[0], self.bias is not None, w.device, w.dtype)
+        fill_dense(layer, w, self.bias)
+        return layer
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        return self.bias
+
+
+def factors_of(layer: FactorizedLayer) -> dict[str, nn.Parameter]:
+    """The parameters by name, without the bias."""
+    return {name: p for name, p in layer.named_parameters() if p is not layer.output_bias}
+
+
+def tie(layers: Mapping[str, nn.Module], made: Mapping[str, FactorizedLayer]) -> dict[str, FactorizedLayer]:
+    """Let the factorized layers ``made`` for dense ``layers`` of one weight have one set of factors.
+
+    Raises:
+        ValueError: the layers cannot hold one weight, or the Embedding among them has factors that a Linear cannot use.
+    """
+    if reason := tied_reason(layers):
+        raise ValueError(reason)
+    mixed = len({_kind(layer) for layer in layers.values()}) > 1
+    first = next(name for name, layer in layers.items() if isinstance(layer, nn.Embedding) or not mixed)
+    source = made[first]
+    tied = dict(made)
+    for name, layer in layers.items():
+        if mixed and isinstance(layer, nn.Linear):
+            if not isinstance(source, LowRankEmbedding):
+                raise ValueError(f"{source.method} has no factors that an Embedding and a Linear can share: use svd")
+            tied[name] = LowRankHead(layer, source)
+        elif name != first:
+            whole = getattr(layer, "bias", None) is getattr(layers[first], "bias", None)  # the bias is one too
+            for factor, parameter in dict(source.named_parameters()).items() if whole else factors_of(source).items():
+                owner, _, leaf = factor.rpartition(".")
+                setattr(tied[name].get_submodule(owner), leaf, parameter)
+    return tied
+
+
+def tied_reason(layers: Mapping[str, nn.Module]) -> str | None:
+    """Why these layers cannot hold one weight and be replaced together, or None."""
+    kinds = {_kind(layer) for layer in layers.values()}
+    shapes = {(tuple(w.shape), getattr(m, "groups", 1)) for m in layers.values() if (w := _weight(m)) is not None}
+    alike = len(kinds) == 1 or kinds == {nn.Embedding, nn.Linear}
+    if len(layers) > 1 and None not in kinds and alike and len(shapes) == 1:
+        return None
+    what = {name: (type(m).__name__, *(() if (w := _weight(m)) is None else w.shape)) for name, m in layers.items()}
+    return (
+        "layers that hold one weight are two or more Linears, Embeddings or convolutions of one kind and shape, or "
+        f"Embeddings and Linears, got {what}"
+    )
+
+
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in (nn.Embedding, nn.Linear, *CONVS, *TRANSPOSED) if isinstance(layer, kind)), None)
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
