@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -44,11 +45,12 @@ SHAPES = (
     Shape(512, 512, 3, 7),
     Shape(256, 1024, 1, 14),
     Shape(768, 3072),
+    Shape(4096, 4096),
 )
 SHARES = (0.5, 0.25, 0.125)
 """Of the dense parameters."""
-RUNS, LONG = 7, 0.7
-"""Of each, and the seconds after which three are enough."""
+RUNS, LONG, ENOUGH = 7, 0.7, 3e-3
+"""Of each, the seconds after which three are enough, and those that one takes at least."""
 TT_IN, TT_OUT = (2, 7, 8, 8, 7, 4), (4, 4, 4, 4, 4, 4)
 PUBLISHED_MS = {1: (16.1, 1.2), 100: (97.2, 94.7)}
 """Novikov et al. 2015, table 3, from memory and unverified: dense and TT on a CPU, in milliseconds."""
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=sorted(METHODS))
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which, counted from 0")
+    parser.add_argument("--forward-only", action="store_true", help="do not train")
     parser.add_argument("--peers", nargs="*", choices=["tltorch"], default=[])
     parser.add_argument("--environment", nargs="*", default=[], metavar="PEER=PYTHON", help="a peer's own interpreter")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/layers.json"))
@@ -72,7 +75,7 @@ def main() -> None:
         console.print(row)
     for batch in arguments.batches:
         for shape in (SHAPES[i] for i in arguments.shapes):
-            found = compare(shape, batch, arguments.methods, peers)
+            found = compare(shape, batch, arguments.methods, peers, train=not arguments.forward_only)
             rows += found
             console.print(shown(f"{shape}, batch {batch}", found))
             facts = {
@@ -92,18 +95,19 @@ def main() -> None:
     console.print(shown("least saving in MACs at which it is faster than dense", crossovers(rows)))
 
 
-def compare(shape: Shape, batch: int, methods: Sequence[str], peers: Sequence[Peer]) -> list[dict[str, Any]]:
+def compare(
+    shape: Shape, batch: int, methods: Sequence[str], peers: Sequence[Peer], *, train: bool = True
+) -> list[dict[str, Any]]:
     """A row for each method and share that this layer can have."""
-    layer = shape.layer()
+    layer = shape.layer().eval()
     x = torch.randn(batch, shape.inputs, *(shape.size,) * 2) if shape.kernel else torch.randn(batch, shape.inputs)
     with torch.no_grad():
         y = layer(x)
     positions = y[0, 0].numel() if shape.kernel else 1
     macs = layer.weight.numel() * positions
-    calls: dict[str, Callable[[], object]] = {
-        "dense forward": partial(_forward, layer, x),
-        "dense train": partial(_train, copy.deepcopy(layer), x),
-    }
+    calls: dict[str, Callable[[], object]] = {"dense forward": partial(_forward, layer, x)}
+    if train:
+        calls["dense train"] = partial(_train, copy.deepcopy(layer).train(), x)
     made: dict[str, tuple[str, FactorizedLayer, int, int]] = {}
     for name in methods:
         method = METHODS[name]
@@ -116,12 +120,15 @@ def compare(shape: Shape, batch: int, methods: Sequence[str], peers: Sequence[Pe
             if not able:
                 continue
             ranks = max(able, key=lambda r: costs[r][0])
-            module = factorized_like(layer, name, ranks)
+            if ranks in {module.ranks for other, module, *_ in made.values() if other == name}:
+                continue
+            module = factorized_like(layer, name, ranks).eval()
             key = f"{name} {share}"
             made[key] = (name, module, *costs[ranks])
             calls[f"{key} forward"] = partial(_forward, module, x)
             calls[f"{key} rebuild"] = partial(_rebuilt, module, layer, x)
-            calls[f"{key} train"] = partial(_train, copy.deepcopy(module), x)
+            if train:
+                calls[f"{key} train"] = partial(_train, copy.deepcopy(module).train(), x)
     seconds = medians(calls)
     rows = []
     for key, (name, module, parameters, own) in made.items():
@@ -138,8 +145,9 @@ def compare(shape: Shape, batch: int, methods: Sequence[str], peers: Sequence[Pe
             "rebuild": seconds[f"{key} rebuild"],
             "speedup": seconds["dense forward"] / forward,
             "achieved": seconds["dense forward"] / forward / (macs / own),
-            "train_speedup": seconds["dense train"] / seconds[f"{key} train"],
         }
+        if train:
+            row["train_speedup"] = seconds["dense train"] / seconds[f"{key} train"]
         for peer in peers:
             given: Any = module.ranks
             if isinstance(module, TTLinear):
@@ -153,15 +161,24 @@ def compare(shape: Shape, batch: int, methods: Sequence[str], peers: Sequence[Pe
 
 
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """CPU seconds of each, in turns."""
+    """CPU seconds of each, in turns, each time in another order: what ran before leaves its traces in the caches."""
+    order, draw = list(calls), random.Random(0)
     past: dict[str, list[float]] = {key: [] for key in calls}
     for call in calls.values():
         call()
+    # As often in a row as the clock needs to tell.
+    often = {key: max(1, round(ENOUGH / max(timed(call)[0], ENOUGH / 100))) for key, call in calls.items()}
     for run in range(RUNS):
-        for key, call in calls.items():
+        draw.shuffle(order)
+        for key in order:
             if run < 3 or past[key][0] < LONG:
-                past[key].append(timed(call)[0])
+                past[key].append(timed(partial(_repeat, calls[key], often[key]))[0] / often[key])
     return {key: statistics.median(times) for key, times in past.items()}
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def _forward(layer: nn.Module, x: Tensor) -> None:

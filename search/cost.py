@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from search.spec import Costs
+from tenfold.layers.planning import one_sample
 
 __all__ = ["count", "macs", "parameters", "stored_bytes"]
 
@@ -35,7 +36,8 @@ def macs(module: nn.Module, example: Sequence[Tensor]) -> int:
 
     Fused kernels hide their products from torch's counter (attention on the CPU, recurrent and bilinear layers all
     count 0 there), so they are switched off for this one pass, or given a formula. Element-wise work, norms, pooling
-    and look-ups count nothing, as is the custom.
+    and look-ups count nothing, as is the custom. Nor does what a layer makes of its factors once and then keeps: the
+    network has run before. A batch is computed in the way of one sample, as exported files with a free batch do.
     """
     batch = example[0].shape[0]
     training = module.training
@@ -52,9 +54,11 @@ def macs(module: nn.Module, example: Sequence[Tensor]) -> int:
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=False),
-            counter,
+            one_sample(),
         ):
             module(*example)
+            with counter:
+                module(*example)
     finally:
         module.train(training)
     return int(counter.get_total_flops()) // 2 // batch

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tenfold.layers.planning import one_sample
+
 __all__ = ["measure", "pause_while_measuring"]
 
 WARM_S = 0.3
@@ -45,7 +47,8 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with _held(lock), torch.inference_mode():
+        # What is exported goes one way for all batches, so that is timed.
+        with _held(lock), torch.inference_mode(), one_sample():
             return _interleaved(
                 lambda: _timed(compressed, example), lambda: _timed(dense, example), seconds=seconds, at_least=at_least
             )

@@ -37,7 +37,8 @@ from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separab
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
-from tenfold.layers.reshaped import cp_order
+from tenfold.layers.contracting import linear_way
+from tenfold.layers.reshaped import cp_shape, cp_way
 
 __all__ = ["RCP", "rank_for"]
 
@@ -79,17 +80,10 @@ class RCP:
     ) -> tuple[int, int]:
         modes, r = modes_of(layer), ranks[0]
         parameters = modes.groups * r * _term(layer, modes) + bias_parameters(layer)
-        (s1, s2), (t1, t2) = modes.s, modes.t
-        chain = min(t1 * s2 * (s1 + t2), t2 * s1 * (s2 + t1))
         if isinstance(layer, nn.Linear):
-            return parameters, r * chain * output_positions
-        order = cp_order(modes.s, modes.t, r, modes.taps, modes.stride)
-        if order == "dense":
-            return parameters, modes.dense * (output_positions + r)
-        if order == "spatial_first":
-            return parameters, modes.groups * r * (chain + s1 * s2 * modes.taps) * output_positions
-        before = input_positions(layer, output_positions, input_sizes)
-        return parameters, modes.groups * r * (chain * before + t1 * t2 * modes.taps * output_positions)
+            return parameters, linear_way(cp_shape(modes.s, modes.t, r), output_positions)[1].macs
+        positions = input_positions(layer, output_positions, input_sizes), output_positions
+        return parameters, cp_way(modes.s, modes.t, r, modes.taps, modes.groups, 1, positions)[1].macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         """Its rank is that of no unfolding; (s1, t1) against the rest bounds it from below."""
@@ -123,8 +117,6 @@ class RCP:
         links = {n: torch.stack([getattr(f, n) for f in found]) for n in ("factor1", "factor2", "spatial")}
         if isinstance(layer, nn.Linear):
             links["factor1"] = links["factor1"] * links.pop("spatial")[..., None]
-        elif cp_order(modes.s, modes.t, r, modes.taps, modes.stride) == "spatial_last":
-            links["spatial"] = links["spatial"].flatten(0, 1)
         return Fit(fill(layer, factorized_like(layer, self.name, ranks), **links), relative(parts, errors))
 
     def curve(
@@ -139,7 +131,7 @@ class RCP:
         dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
         sizes = None if statistics is None else statistics.input_sizes
         costs = {r: self.cost(layer, r, output_positions, input_sizes=sizes) for r in self.ranks(layer)}
-        wanted = [r for r, (_, macs) in costs.items() if macs < dense[1]]
+        wanted = [r for r, (_, macs) in costs.items() if macs <= dense[1]]
         if not wanted:
             return ()
         parts = problems(layer, statistics, metric)
@@ -166,8 +158,11 @@ def _term(layer: nn.Module, modes: Modes) -> int:
 
 def _chain_most(layer: nn.Module, modes: Modes) -> int:
     """The largest rank that takes fewer MACs than the dense layer at the same positions; at least 1."""
-    one = RCP().cost(layer, (1,), modes.stride, input_sizes=None)[1]
-    return max(1, (modes.dense * modes.stride - 1) // one)
+    (s1, s2), (t1, t2) = modes.s, modes.t
+    one = min(t1 * s2 * (s1 + t2), t2 * s1 * (s2 + t1))
+    if not isinstance(layer, nn.Linear):
+        one = min(one + s1 * s2 * modes.taps, one * modes.stride + t1 * t2 * modes.taps)
+    return max(1, (modes.dense // modes.groups - 1) // one)
 
 
 @dataclass(frozen=True)

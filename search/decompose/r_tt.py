@@ -12,7 +12,8 @@ from torch import nn
 
 from search.decompose.base import bias_parameters, conv_of, conv_reason, geometry, input_positions
 from search.decompose.tt_matrix import TTMatrix
-from tenfold.layers.tensor_train import TTShape, conv_modes, conv_order
+from tenfold.layers.contracting import TTShape, conv_way
+from tenfold.layers.tensor_train import conv_modes
 
 __all__ = ["RTT"]
 
@@ -40,14 +41,9 @@ class RTT(TTMatrix):
         conv = conv_of(layer)
         shape = TTShape(*self._channel_modes(layer), tuple(ranks))
         taps, r = conv.weight[0, 0].numel(), ranks[-1]
-        strides = input_positions(layer, 1, None)
-        macs = {
-            "first": shape.first * input_positions(layer, output_positions, input_sizes)
-            + shape.out * r * taps * output_positions,
-            "last": (shape.in_ * r * taps + shape.last) * output_positions,
-            "dense": shape.build + shape.out * shape.in_ * taps * (r + output_positions),
-        }[conv_order(shape, taps, strides)]
-        return conv.groups * (shape.parameters + r * taps) + bias_parameters(layer), conv.groups * macs
+        positions = input_positions(layer, output_positions, input_sizes), output_positions
+        _, work = conv_way(shape, taps, conv.groups, 1, positions)
+        return conv.groups * (shape.parameters + r * taps) + bias_parameters(layer), work.macs
 
     def _channel_modes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         groups, weight = geometry(layer)

@@ -34,7 +34,7 @@ from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separab
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
-from tenfold.layers.reshaped import second_first
+from tenfold.layers.reshaped import tucker_way
 
 __all__ = ["RTucker", "rank_for"]
 
@@ -67,10 +67,12 @@ class RTucker:
     ) -> tuple[int, int]:
         modes = modes_of(layer)
         before = input_positions(layer, output_positions, input_sizes)
-        a, b = (ranks[0], ranks[1]), (ranks[2], ranks[3])
-        core = math.prod(ranks) * modes.taps
-        macs = _product_macs(modes.s, a) * before + (core + _product_macs(b, modes.t)) * output_positions
-        return _count(modes, ranks) + bias_parameters(layer), modes.groups * macs
+        if isinstance(layer, nn.Linear):
+            _, work = tucker_way(modes.s, modes.t, tuple(ranks), 0, 1, output_positions, (1, 1))
+        else:
+            positions = before, output_positions
+            _, work = tucker_way(modes.s, modes.t, tuple(ranks), modes.taps, modes.groups, 1, positions)
+        return _count(modes, ranks) + bias_parameters(layer), work.macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         modes = modes_of(layer)
@@ -188,13 +190,6 @@ def _count(modes: Modes, ranks: Sequence[int]) -> int:
     """Weights of all groups: sum S_l R_l + sum T_l R'_l + k^2 prod R_l prod R'_l."""
     sides = sum(n * r for n, r in zip((*modes.s, *modes.t), ranks, strict=True))
     return modes.groups * (sides + math.prod(ranks) * modes.taps)
-
-
-def _product_macs(s: tuple[int, int], t: tuple[int, int]) -> int:
-    """MACs of both mode products s -> t at one position, in the order that the layer takes."""
-    if second_first(s, t):
-        return t[1] * s[0] * (s[1] + t[0])
-    return t[0] * s[1] * (s[0] + t[1])
 
 
 def _hosvd(part: Problem, modes: Modes) -> _Factors:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from search.decompose.base import Problem
-from tenfold.layers.tensor_train import build
+from tenfold.layers.contracting import build
 
 __all__ = ["Train", "Whitened", "equal_norms", "refit", "train_matrix", "tt_round", "tt_svd", "tt_unfolding", "whiten"]
 

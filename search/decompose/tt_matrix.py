@@ -38,7 +38,8 @@ from search.decompose.tightening import tightened
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
-from tenfold.layers.tensor_train import TTShape, linear_modes, linear_order
+from tenfold.layers.contracting import TTShape, linear_way
+from tenfold.layers.tensor_train import linear_modes
 
 __all__ = ["TTMatrix", "tt_round", "tt_svd"]
 
@@ -77,7 +78,7 @@ class TTMatrix:
         out_modes, in_modes = self.modes(layer)
         sizes = [o * i for o, i in zip(out_modes, in_modes, strict=True)]
         exact = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes))]
-        weight = geometry(layer)[1]
+        groups, weight = geometry(layer)
         dense = weight.numel()
         points = max(FEW, min(POINTS, int(ERROR_MACS / (dense * weight.shape[2]))))
 
@@ -85,8 +86,9 @@ class TTMatrix:
             return tuple(min(rank, most) for most in exact)
 
         def cheaper(rank: int) -> bool:
-            parameters, macs = self.cost(layer, at(rank), 1)
-            return parameters - bias_parameters(layer) < dense and macs < dense
+            train = TTShape(out_modes, in_modes, (*at(rank), 1))
+            chains = (train.contraction(way, 1, 1).macs for way in train.ways() if len(way.parts) > 1)
+            return groups * train.parameters < dense and groups * min(chains) < dense
 
         most = next((rank - 1 for rank in range(1, max(exact) + 1) if not cheaper(rank)), max(exact))
         return tuple(at(rank) for rank in ranks_between(1, most, points))
@@ -101,12 +103,8 @@ class TTMatrix:
     ) -> tuple[int, int]:
         out_modes, in_modes = self.modes(layer)
         shape = TTShape(out_modes, in_modes, (*ranks, 1))
-        macs = {
-            "first": shape.first * output_positions,
-            "last": shape.last * output_positions,
-            "dense": shape.build + shape.out * shape.in_ * output_positions,
-        }[linear_order(shape)]
-        return shape.parameters + bias_parameters(layer), macs
+        _, work = linear_way(shape, output_positions)
+        return shape.parameters + bias_parameters(layer), work.macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         out_modes, in_modes = self.modes(layer)

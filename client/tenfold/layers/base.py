@@ -159,6 +159,15 @@ class ConvChain(FactorizedLayer):
             **self._make,
         )
 
+    def output_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Spatial sizes of the output for those of an input."""
+        geometry = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        extents = [(d * (k - 1), s) for k, s, d in geometry]
+        if self.padding == "same":
+            return tuple(sizes)
+        padding = (0,) * len(extents) if isinstance(self.padding, str) else self.padding
+        return tuple((n + 2 * p - e - 1) // s + 1 for n, p, (e, s) in zip(sizes, padding, extents, strict=True))
+
     def dense(self) -> nn.Module:
         w = self.dense_weight()
         bias = self.output_bias

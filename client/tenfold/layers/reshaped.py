@@ -3,18 +3,24 @@
     r_cp      V[(t1, t2), (s1, s2), k] = sum_r factor1_r[t1, s1] factor2_r[t2, s2] spatial_r[k]
     r_tucker  V[(t1, t2), (s1, s2), k] = sum_ab out1[t1, b1] out2[t2, b2] core[b1 b2, a1 a2, k] in1[a1, s1] in2[a2, s2]
 
-A Linear has no k. With groups, all of it is per group. ``balanced`` splits a number of channels; the order of the
-contractions is decided from shapes when the layer is made, so that an exported graph has no branches.
+A Linear has no k. With groups, all of it is per group. ``balanced`` splits a number of channels. In r_cp a Linear is a
+tensor train of two cores; in r_tucker the factors of either side are one of rank 1. How factors meet the input, or
+whether they are multiplied out before, follows from sizes, by ``planning``.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ConvChain, FactorizedLayer, fill_dense
+from .contracting import TTShape, Way, from_first, from_last, joined, linear_way, train_way
+from .keeping import Keeping
+from .planning import Work, batch_of, convolution, copy, product, quickest
 
 __all__ = [
     "ReshapedCPConv2d",
@@ -22,36 +28,102 @@ __all__ = [
     "ReshapedTuckerConv2d",
     "ReshapedTuckerLinear",
     "balanced",
-    "cp_order",
-    "second_first",
+    "cp_shape",
+    "cp_way",
+    "tucker_way",
 ]
 
+Pair = tuple[int, int]
+Order = Literal["spatial_first", "spatial_last", "dense"]
+TuckerWay = tuple[Way, Way] | None
+"""How the input's factors meet their input, and the output's factors theirs; None: the dense weight."""
 
-def balanced(channels: int) -> tuple[int, int]:
+
+def balanced(channels: int) -> Pair:
     """The two factors of ``channels`` nearest to its square root, the smaller first: 24 -> (4, 6), 7 -> (1, 7)."""
     small = next(f for f in range(math.isqrt(channels), 0, -1) if channels % f == 0)
     return small, channels // small
 
 
-def second_first(s: tuple[int, int], t: tuple[int, int]) -> bool:
+def cp_shape(s: Pair, t: Pair, rank: int) -> TTShape:
+    """``r_cp`` without a spatial factor is the train factor1 [rank] factor2."""
+    return TTShape(t, s, (rank, 1))
+
+
+@lru_cache(maxsize=4096)
+def cp_way(
+    s: Pair, t: Pair, rank: int, taps: int, groups: int, batch: int, positions: tuple[int, int]
+) -> tuple[Order, Work]:
+    """The quickest way for an ``r_cp`` convolution with ``positions`` of its input and of its output, and its work.
+
+    ``spatial_first`` and ``spatial_last``: the spatial convolution before or after the channels' contractions.
+    """
+    before, behind = positions
+    sources, targets = math.prod(s), math.prod(t)
+    (first, rest), (mid, target) = (s, t) if not _second_first(s, t) else (s[::-1], t[::-1])
+    each = batch * groups
+
+    def ends(n: int, items: int, summed: int) -> Work:
+        """Both contractions at n positions; ``summed``: how many ranks the second one sums."""
+        return product(mid, first, rest * n, items) + product(target, rest * summed, n, each * mid * rank // summed)
+
+    spatial_first = (
+        convolution(rank, 1, taps, positions, batch * sources, groups)
+        + copy(each * rank * sources * behind)
+        + ends(behind, each * rank, rank)
+        + copy(each * rank * mid * rest * behind)
+    )
+    spatial_last = (
+        ends(before, each * rank, 1)
+        + copy(each * rank * targets * before)
+        + convolution(1, rank, taps, positions, batch * targets, groups)
+    )
+    dense = convolution(targets, sources, taps, positions, batch, groups)
+    build = product(targets * sources // (t[1] * s[1]), rank, t[1] * s[1] * taps, groups)
+    ways: dict[Order, tuple[Work, Work]] = {
+        "spatial_first": (spatial_first, Work()),
+        "spatial_last": (spatial_last, Work()),
+        "dense": (dense, build + copy(groups * targets * sources * taps)),
+    }
+    order = quickest(ways, dense.macs)
+    return order, ways[order][0]
+
+
+@lru_cache(maxsize=4096)
+def tucker_way(
+    s: Pair, t: Pair, ranks: tuple[int, ...], taps: int, groups: int, batch: int, positions: tuple[int, int]
+) -> tuple[TuckerWay, Work]:
+    """The quickest way for ``r_tucker`` with ``positions`` of its input and of its output, and its work.
+
+    For a Linear, ``taps`` is 0 and ``batch`` its rows.
+    """
+    low, high = math.prod(ranks[:2]), math.prod(ranks[2:])
+    sources, targets = math.prod(s), math.prod(t)
+    into, into_work, into_made = train_way(_side(s, ranks[:2]), batch, positions[0], groups)
+    out_of, out_work, out_made = train_way(_side(ranks[2:], t), batch, positions[1], groups)
+    if taps:
+        core = convolution(high, low, taps, positions, batch, groups)
+        dense = convolution(targets, sources, taps, positions, batch, groups)
+    else:
+        core, dense = product(high, low, batch), product(targets, sources, batch)
+    each = groups * max(1, taps)
+    build = product(high, low, sources, each) + product(targets, high, sources * max(1, taps), groups)
+    ways: dict[TuckerWay, tuple[Work, Work]] = {
+        (into, out_of): (into_work + core + out_work, into_made + out_made),
+        None: (dense, build + copy(each * targets * sources)),
+    }
+    way = quickest(ways, dense.macs)
+    return way, ways[way][0]
+
+
+def _side(inputs: Sequence[int], outputs: Sequence[int]) -> TTShape:
+    """Both factors of one side of ``r_tucker``."""
+    return TTShape(tuple(outputs), tuple(inputs), (1, 1))
+
+
+def _second_first(s: Pair, t: Pair) -> bool:
     """Whether mapping s2 -> t2 before s1 -> t1 takes fewer MACs: t2 s1 (s2 + t1) against t1 s2 (s1 + t2)."""
     return t[1] * s[0] * (s[1] + t[0]) < t[0] * s[1] * (s[0] + t[1])
-
-
-def cp_order(s: tuple[int, int], t: tuple[int, int], rank: int, taps: int, stride: int) -> str:
-    """How an ``r_cp`` convolution is computed with the fewest MACs an output position.
-
-    ``spatial_first`` / ``spatial_last``: the spatial convolution before or after the channels' contractions, which
-    then run at output or input positions (``stride``: input positions an output position). ``dense``: build the
-    kernel; that is paid once a call, whatever the batch and the positions, and is left out of the comparison.
-    """
-    chain = min(t[0] * s[1] * (s[0] + t[1]), t[1] * s[0] * (s[1] + t[0]))
-    costs = {
-        "spatial_first": rank * (chain + math.prod(s) * taps),
-        "spatial_last": rank * (chain * stride + math.prod(t) * taps),
-        "dense": math.prod(s) * math.prod(t) * taps,
-    }
-    return min(costs, key=lambda name: costs[name])
 
 
 class _Factors(nn.Module):
@@ -77,7 +149,7 @@ class _CP(_Factors):
 
     def _make_factors(self, sources: int, targets: int, groups: int, rank: int, bias: bool, **make: Any) -> None:
         self.s, self.t = balanced(sources // groups), balanced(targets // groups)
-        self.swap = second_first(self.s, self.t)
+        self.swap = _second_first(self.s, self.t)
         for name, i in (("factor1", 0), ("factor2", 1)):
             self._add(name, groups, rank, self.t[i], self.s[i], **make)
         self._add_bias(targets if bias else None, **make)
@@ -99,19 +171,6 @@ class _CP(_Factors):
         y = y.reshape(batch, groups, rank, mid, x.shape[4], -1).transpose(2, 3).flatten(3, 4)
         y = b.transpose(1, 2).flatten(2)[:, None] @ y
         return (y.transpose(2, 3) if self.swap else y).flatten(2, 3)
-
-    def _of_rows(self, x: Tensor) -> Tensor:
-        """(rows, S) to (rows, T) of one group without a spatial factor: two large products, whatever the rank."""
-        rows, a, b = x.shape[0], self.factor1[0], self.factor2[0]
-        x = x.reshape(rows, *self.s)
-        x = x.permute(2, 1, 0) if self.swap else x.permute(1, 2, 0)
-        if self.swap:
-            a, b = b, a
-        (rank, mid, source), (_, target, rest) = a.shape, b.shape
-        y = a.flatten(0, 1) @ x.reshape(source, rest * rows)
-        y = y.reshape(rank, mid, rest, rows).transpose(1, 2).reshape(rank * rest, mid * rows)
-        y = (b.transpose(0, 1).flatten(1) @ y).reshape(target, mid, rows)
-        return (y.permute(2, 0, 1) if self.swap else y.permute(2, 1, 0)).reshape(rows, target * mid)
 
     def _apart(self, x: Tensor) -> Tensor:
         """(batch, groups, S1, S2, positions) to (batch, groups, rank, T, positions)."""
@@ -139,9 +198,7 @@ class _Tucker(_Factors):
         self, sources: int, targets: int, groups: int, ranks: Sequence[int], bias: bool, **make: Any
     ) -> None:
         self.s, self.t = balanced(sources // groups), balanced(targets // groups)
-        a, b = tuple(ranks[:2]), tuple(ranks[2:])
-        self.swap_in = second_first(self.s, (a[0], a[1]))
-        self.swap_out = second_first((b[0], b[1]), self.t)
+        a, b = ranks[:2], ranks[2:]
         for i in (0, 1):
             self._add(f"in{i + 1}", groups, a[i], self.s[i], **make)
             self._add(f"out{i + 1}", groups, self.t[i], b[i], **make)
@@ -152,30 +209,31 @@ class _Tucker(_Factors):
     out1: nn.Parameter
     out2: nn.Parameter
 
-    @staticmethod
-    def _modes(x: Tensor, one: Tensor, two: Tensor, swap: bool) -> Tensor:
-        """Both mode products: (batch, groups, P1 P2, positions) to (batch, groups, Q1 Q2, positions)."""
-        batch, groups, _, positions = x.shape
-        x = x.reshape(batch, groups, one.shape[2], two.shape[2], positions)
-        if swap:
-            x = two[:, None] @ x
-            x = (one @ x.flatten(3)).reshape(batch, groups, one.shape[1], two.shape[1], positions)
-        else:
-            x = (one @ x.flatten(3)).reshape(batch, groups, one.shape[1], two.shape[2], positions)
-            x = two[:, None] @ x
-        return x.flatten(2, 3)
+    def _sides(self, way: tuple[Way, Way], groups: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The factors of both sides as trains, multiplied out as the way says."""
+        own = (self.in1, self.in2, self.out1, self.out2)
+        into, out_of = way
 
-    def _project(self, x: Tensor) -> Tensor:
-        return self._modes(x, self.in1, self.in2, self.swap_in)
+        def make() -> tuple[Tensor, ...]:
+            trains = [f.flatten(0, 1).reshape(groups, *f.shape[1:], 1) for f in own]
+            return joined(trains[:2], into.parts, groups) + joined(trains[2:], out_of.parts, groups)
 
-    def _expand(self, x: Tensor) -> Tensor:
-        return self._modes(x, self.out1, self.out2, self.swap_out)
+        made = self.made((into.parts, out_of.parts), own, make)
+        return made[: len(into.parts)], made[len(into.parts) :]
 
     def _matrix(self, core: Tensor) -> Tensor:
         """(groups, T, S * taps) from ``core``: (groups, R1' R2', R1 R2, taps)."""
         p = torch.einsum("gas,gbt->gabst", self.in1, self.in2).flatten(3).flatten(1, 2)
-        w = torch.einsum("gsa,gtb->gstab", self.out1, self.out2).flatten(3).flatten(1, 2)
-        return torch.einsum("gtb,gbak,gas->gtsk", w, core, p).flatten(2)
+        q = torch.einsum("gsa,gtb->gstab", self.out1, self.out2).flatten(3).flatten(1, 2)
+        groups, high, low, taps = core.shape
+        seen = core.transpose(2, 3).reshape(groups, high * taps, low) @ p
+        w = q @ seen.reshape(groups, high, -1)
+        return w.reshape(groups, q.shape[1], taps, -1).transpose(2, 3).flatten(2)
+
+
+def _contracted(way: Way, x: Tensor, cores: tuple[Tensor, ...]) -> Tensor:
+    """(batch, groups, channels, positions) to the same axes."""
+    return from_first(x, cores).squeeze(3) if way.begin == "first" else from_last(x.unsqueeze(3), cores)
 
 
 def _linear_like(cls: type[FactorizedLayer], layer: nn.Module, ranks: Sequence[int], count: int) -> nn.Linear:
@@ -191,7 +249,7 @@ def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-class ReshapedCPLinear(_CP, FactorizedLayer):
+class ReshapedCPLinear(_CP, Keeping, FactorizedLayer):
     """A Linear as a sum of ``rank`` Kronecker products."""
 
     method = "r_cp"
@@ -216,7 +274,18 @@ class ReshapedCPLinear(_CP, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._of_rows(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], math.prod(self.t))
+        way, _ = linear_way(cp_shape(self.s, self.t, self.ranks[0]), batch_of(x) * math.prod(x.shape[1:-1]))
+        return self.along(way, x)
+
+    def along(self, way: Way, x: Tensor) -> Tensor:
+        """The layer's output, computed in one way: it is the same in all of them."""
+        own = (self.factor1, self.factor2)
+
+        def make() -> tuple[Tensor, ...]:
+            return joined((self.factor1.permute(0, 2, 3, 1), self.factor2[0].unsqueeze(3)), way.parts)
+
+        rows = x.reshape(math.prod(x.shape[:-1]), 1, math.prod(self.s), 1)
+        y = _contracted(way, rows, self.made(way.parts, own, make)).reshape(*x.shape[:-1], math.prod(self.t))
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
@@ -226,7 +295,7 @@ class ReshapedCPLinear(_CP, FactorizedLayer):
         return _dense_linear(self.dense_weight(), self.bias)
 
 
-class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
+class ReshapedTuckerLinear(_Tucker, Keeping, FactorizedLayer):
     """A Linear as mode products with small factors around a ``core``: (R1' R2', R1 R2)."""
 
     method = "r_tucker"
@@ -253,8 +322,20 @@ class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._project(x.reshape(-1, 1, x.shape[-1], 1)).flatten(1)
-        y = self._expand(self.core(y)[:, None, :, None]).reshape(*x.shape[:-1], math.prod(self.t))
+        rows = batch_of(x) * math.prod(x.shape[1:-1])
+        way, _ = tucker_way(self.s, self.t, self.ranks, 0, 1, rows, (1, 1))
+        return self.along(way, x)
+
+    def along(self, way: TuckerWay, x: Tensor) -> Tensor:
+        """The layer's output, computed in one way: it is the same in all of them."""
+        if way is None:
+            own = (self.in1, self.in2, self.out1, self.out2, self.core.weight)
+            (weight,) = self.made(None, own, lambda: (self.dense_weight(),))
+            return F.linear(x, weight, self.bias)
+        into, out_of = self._sides(way, 1)
+        y = _contracted(way[0], x.reshape(math.prod(x.shape[:-1]), 1, x.shape[-1], 1), into)
+        y = _contracted(way[1], self.core(y.flatten(1))[:, None, :, None], out_of)
+        y = y.reshape(*x.shape[:-1], math.prod(self.t))
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
@@ -275,7 +356,7 @@ class _Conv2d(ConvChain):
         return link
 
 
-class ReshapedCPConv2d(_CP, _Conv2d):
+class ReshapedCPConv2d(_CP, Keeping, _Conv2d):
     """A Conv2d as ``rank`` Kronecker products, each with a spatial filter of its own."""
 
     method = "r_cp"
@@ -283,20 +364,29 @@ class ReshapedCPConv2d(_CP, _Conv2d):
     def _build(self, bias: bool) -> None:
         rank, g = self.ranks[0], self.groups
         self._make_factors(self.in_channels, self.out_channels, g, rank, bias, **self._make)
-        self.order = cp_order(self.s, self.t, rank, math.prod(self.kernel_size), math.prod(self.stride))
-        # The filters act on every channel alike, so channels go to the batch; the last order sums the ranks too.
-        ends = (g * rank, g) if self.order == "spatial_last" else (g, g * rank)
-        self.spatial = self._kernel(*ends)
+        # As it filters every channel alike, before the contractions of channels; behind them it sums the ranks, too.
+        self.spatial = self._kernel(g, g * rank)
 
     def forward(self, x: Tensor) -> Tensor:
+        sizes = tuple(x.shape[2:])
+        positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
+        taps = math.prod(self.kernel_size)
+        order, _ = cp_way(self.s, self.t, self.ranks[0], taps, self.groups, batch_of(x), positions)
+        return self.along(order, x)
+
+    def along(self, order: Order, x: Tensor) -> Tensor:
+        """The layer's output, computed in one order: it is the same in all of them."""
         batch, _, height, width = x.shape
         g, rank = self.groups, self.ranks[0]
         y: Tensor
-        if self.order == "dense":
+        if order == "dense":
             # The link's own convolution, with the whole kernel: its padding mode, stride and dilation are the layer's.
-            y = self.spatial._conv_forward(x, self.dense_weight(), self.bias)
+            own = (self.factor1, self.factor2, self.spatial.weight)
+            (kernel,) = self.made(order, own, lambda: (self.dense_weight(),))
+            y = self.spatial._conv_forward(x, kernel, self.bias)
             return y
-        if self.order == "spatial_first":
+        # Filters act on every channel alike: channels go to the batch.
+        if order == "spatial_first":
             x = x.reshape(batch, g, -1, height, width).transpose(1, 2)
             y = self.spatial(x.reshape(-1, g, height, width))
             height, width = y.shape[2:]
@@ -305,7 +395,7 @@ class ReshapedCPConv2d(_CP, _Conv2d):
         else:
             y = self._apart(x.reshape(batch, g, *self.s, height * width))
             y = y.permute(0, 3, 1, 2, 4).reshape(-1, g * rank, height, width)
-            y = self.spatial(y)
+            y = self.spatial._conv_forward(y, self.spatial.weight.reshape(g, rank, *self.kernel_size), None)
             height, width = y.shape[2:]
             y = y.reshape(batch, -1, g, height, width).transpose(1, 2)
         y = y.reshape(batch, self.out_channels, height, width)
@@ -316,7 +406,7 @@ class ReshapedCPConv2d(_CP, _Conv2d):
         return self._matrix(filters).reshape(self.out_channels, -1, *self.kernel_size)
 
 
-class ReshapedTuckerConv2d(_Tucker, _Conv2d):
+class ReshapedTuckerConv2d(_Tucker, Keeping, _Conv2d):
     """A Conv2d as mode products, a k x k ``core`` convolution (R1 R2 -> R1' R2') and mode products back."""
 
     method = "r_tucker"
@@ -328,11 +418,27 @@ class ReshapedTuckerConv2d(_Tucker, _Conv2d):
         self.core = self._kernel(g * math.prod(self.ranks[:2]), g * math.prod(self.ranks[2:]))
 
     def forward(self, x: Tensor) -> Tensor:
+        sizes = tuple(x.shape[2:])
+        positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
+        taps = math.prod(self.kernel_size)
+        way, _ = tucker_way(self.s, self.t, self.ranks, taps, self.groups, batch_of(x), positions)
+        return self.along(way, x)
+
+    def along(self, way: TuckerWay, x: Tensor) -> Tensor:
+        """The layer's output, computed in one way: it is the same in all of them."""
+        y: Tensor
+        if way is None:
+            own = (self.in1, self.in2, self.out1, self.out2, self.core.weight)
+            (kernel,) = self.made(None, own, lambda: (self.dense_weight(),))
+            y = self.core._conv_forward(x, kernel, self.bias)
+            return y
         batch, _, height, width = x.shape
-        y: Tensor = self._project(x.reshape(batch, self.groups, -1, height * width))
+        into, out_of = self._sides(way, self.groups)
+        y = _contracted(way[0], x.reshape(batch, self.groups, math.prod(self.s), height * width), into)
         y = self.core(y.reshape(batch, -1, height, width))
         height, width = y.shape[2:]
-        y = self._expand(y.reshape(batch, self.groups, -1, height * width))
+        high = math.prod(self.ranks[2:])
+        y = _contracted(way[1], y.reshape(batch, self.groups, high, height * width), out_of)
         y = y.reshape(batch, self.out_channels, height, width)
         return y if self.bias is None else y + self.bias[:, None, None]
 

@@ -36,7 +36,7 @@ class CP3Conv(ConvChain):
         k = self._per_group(self.depthwise.weight).squeeze(2)
         u = self._per_group(self.last.weight).flatten(2)
         # One matrix product: the terms' own outer products are small beside it.
-        f = torch.einsum("gri,grk->grik", p, k.flatten(2))
+        f = p[..., None] * k.flatten(2)[:, :, None]
         return (u @ f.flatten(2)).reshape(self.out_channels, -1, *self.kernel_size)
 
 
@@ -65,7 +65,7 @@ class CP4Conv2d(ConvChain):
         h = self._per_group(self.rows.weight).flatten(2)
         w = self._per_group(self.columns.weight).flatten(2)
         u = self._per_group(self.last.weight).flatten(2)
-        f = torch.einsum("gri,grh,grw->grihw", p, h, w)
+        f = p[..., None] * (h[..., None] * w[:, :, None]).flatten(2)[:, :, None]
         return (u @ f.flatten(2)).reshape(self.out_channels, -1, *self.kernel_size)
 
 

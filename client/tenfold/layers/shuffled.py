@@ -6,14 +6,12 @@ P is the seeded permutation of ``shuffling``. The kernel of all groups is one ve
 own. Nothing of the form is left in K, so the layer convolves with the dense kernel: it takes as many multiplications
 as the dense layer, and only its parameters are fewer.
 
-The kernel is built anew at each call in training. In evaluation without gradients it is built once and kept until a
-core changes, which torch's version counters tell (an edit through ``.data`` they do not count: call ``eval()`` after
-one). The kept kernel is in no state dict, and an exported graph holds the cores: it builds its kernel at each call.
+The kernel is built anew at each call in training, and kept in evaluation without gradients (``keeping``); an exported
+graph builds it at each call.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from .base import Conv, ConvChain, FactorizedLayer, fill_dense
 from .forms import CP, TT, Form, Tucker
+from .keeping import Keeping
 from .shuffling import rotations, shuffle
 from .tensor_train import balanced
 
@@ -54,23 +53,7 @@ def tensor_modes(size: int) -> tuple[int, ...]:
     return modes
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A kernel and the cores that it was built from."""
-
-    kernel: Tensor
-    cores: tuple[Tensor, ...]
-    """Aliases: as long as they live, no other tensor can be given their memory."""
-    versions: tuple[int, ...]
-
-    def is_of(self, cores: Sequence[Tensor]) -> bool:
-        return all(
-            a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and b._version == version
-            for a, b, version in zip(self.cores, cores, self.versions, strict=True)
-        )
-
-
-class Shuffled(FactorizedLayer):
+class Shuffled(Keeping, FactorizedLayer):
     """What all of these layers share. ``seed`` is stored with the weights; a state dict brings its own along."""
 
     form: ClassVar[Form]
@@ -80,7 +63,6 @@ class Shuffled(FactorizedLayer):
     """int64, a scalar."""
     amounts: Tensor
     bias: nn.Parameter | None
-    _kept: _Kept | None
 
     def reseed(self, seed: int) -> None:
         """Shuffle by another permutation.
@@ -94,12 +76,8 @@ class Shuffled(FactorizedLayer):
 
     def kernel(self) -> Tensor:
         """The dense layer's weight; the kept one where nothing has to be traced or differentiated."""
-        traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(c.requires_grad for c in self.cores))
-        if self.training or traced:
-            return self.dense_weight()
-        if self._kept is None or not self._kept.is_of(tuple(self.cores)):
-            self._keep()
-        return self._kept.kernel if self._kept is not None else self.dense_weight()
+        (kernel,) = self.made("kernel", tuple(self.cores), lambda: (self.dense_weight(),))
+        return kernel
 
     def dense_weight(self) -> Tensor:
         return shuffle(self.form.build(list(self.cores)), self.amounts).reshape(self._shape)
@@ -113,15 +91,12 @@ class Shuffled(FactorizedLayer):
         """Multiplications that building the kernel takes: at each call of an exported network."""
         return self.form.macs(self.modes, self.ranks)
 
+    @torch.no_grad()
     def train(self, mode: bool = True) -> "Shuffled":
         super().train(mode)
-        self._kept = None
         if not mode:
-            self._keep()
+            self.kernel()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
@@ -146,15 +121,6 @@ class Shuffled(FactorizedLayer):
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("amounts", torch.empty(0, dtype=torch.int32), persistent=False)
         self.reseed(SEED)
-
-    @torch.no_grad()
-    def _keep(self) -> None:
-        cores = tuple(self.cores)
-        if any(core.is_inference() for core in cores):
-            return  # such tensors have no version counter
-        with torch.autocast(cores[0].device.type, enabled=False):
-            kernel = self.dense_weight()
-        self._kept = _Kept(kernel, tuple(c.detach() for c in cores), tuple(c._version for c in cores))
 
 
 class ShuffledLinear(Shuffled):

@@ -7,27 +7,23 @@ one small matrix for each pair of digits::
 
 A Linear ends with r_d = 1. A convolution ends with one core more, S: (r_d, *kernel), shared by all channels.
 
-The cores can be contracted with the input from the first to the last (a convolution then convolves at the end), from
-the last to the first (it convolves at the beginning, so that a stride makes all the rest cheaper), or with one another.
-Which is cheapest follows from the shapes alone, so a layer has one straight path for life.
+How the cores meet the input, and which of them are multiplied out before, follows from sizes (``contracting``): of a
+convolution it may be the whole kernel.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Conv, ConvChain, FactorizedLayer, fill_dense
+from .contracting import TTShape, Way, build, conv_way, from_first, from_last, joined, linear_way
+from .keeping import Keeping
+from .planning import batch_of
 
-__all__ = ["RTTConv", "TTLinear", "TTShape", "balanced", "conv_modes", "linear_modes"]
-
-Order = Literal["first", "last", "dense"]
-"""Which core meets the input first; "dense" builds the whole weight."""
+__all__ = ["RTTConv", "TTLinear", "balanced", "conv_modes", "linear_modes"]
 
 MODE_PRODUCT = 64
 """What o_k i_k should be about: 8 x 8 for a square matrix, the range that both papers use."""
@@ -85,68 +81,10 @@ def _prime_factors(size: int) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class TTShape:
-    """The shapes of a train's cores and what they cost; ``ranks``: r_1 .. r_d."""
-
-    out_modes: tuple[int, ...]
-    in_modes: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.out_modes) == len(self.in_modes) == len(self.ranks) >= 1:
-            raise ValueError(
-                f"a tensor train needs an out mode, an in mode and a rank for each core, got out modes "
-                f"{self.out_modes}, in modes {self.in_modes} and ranks {self.ranks}"
-            )
-
-    @property
-    def out(self) -> int:
-        return math.prod(self.out_modes)
-
-    @property
-    def in_(self) -> int:
-        return math.prod(self.in_modes)
-
-    @property
-    def cores(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(r_{k-1}, o_k, i_k, r_k) of each core."""
-        return tuple(zip((1, *self.ranks[:-1]), self.out_modes, self.in_modes, self.ranks, strict=True))
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(core) for core in self.cores)
-
-    @property
-    def first(self) -> int:
-        """Multiplications for one input, (in,) to (out, r_d), beginning with the first core."""
-        return sum(
-            math.prod(core) * math.prod(self.out_modes[:k]) * math.prod(self.in_modes[k + 1 :])
-            for k, core in enumerate(self.cores)
-        )
-
-    @property
-    def last(self) -> int:
-        """Multiplications for one input, (in, r_d) to (out,), beginning with the last core."""
-        return sum(
-            math.prod(core) * math.prod(self.in_modes[:k]) * math.prod(self.out_modes[k + 1 :])
-            for k, core in enumerate(self.cores)
-        )
-
-    @property
-    def build(self) -> int:
-        """Multiplications that build (out, in, r_d)."""
-        return sum(
-            math.prod(core) * math.prod(self.out_modes[:k]) * math.prod(self.in_modes[:k])
-            for k, core in enumerate(self.cores)
-            if k
-        )
-
-
-class TTLinear(FactorizedLayer):
+class TTLinear(Keeping, FactorizedLayer):
     """``Linear(in, out)`` as a train of cores (r_{k-1}, o_k, i_k, r_k) and a dense bias (Novikov et al. 2015).
 
-    ``ranks``: r_1 .. r_{d-1}. The dense matrix is built only in the order "dense", where that is cheapest for one row.
+    ``ranks``: r_1 .. r_{d-1}.
     """
 
     method = "tt_matrix"
@@ -163,7 +101,6 @@ class TTLinear(FactorizedLayer):
     ) -> None:
         super().__init__(ranks)
         shape = self.shape = TTShape(tuple(out_modes), tuple(in_modes), (*self.ranks, 1))
-        self.order = linear_order(shape)
         self.cores = _new_cores(shape, 1, 1 / (3 * shape.in_), device, dtype)
         self.bias = _new_bias(shape.out, device, dtype) if bias else None
 
@@ -176,16 +113,20 @@ class TTLinear(FactorizedLayer):
         return cls(in_modes, out_modes, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.order == "dense":
-            return F.linear(x, self.dense_weight(), self.bias)
-        cores = list(self.cores)
+        way, _ = linear_way(self.shape, batch_of(x) * math.prod(x.shape[1:-1]))
+        return self.along(way, x)
+
+    def along(self, way: Way, x: Tensor) -> Tensor:
+        """The layer's output, computed in one way: it is the same in all of them."""
+        own = tuple(self.cores)
+        cores = self.made(way.parts, own, partial(joined, own, way.parts))
         flat = x.reshape(math.prod(x.shape[:-1]), 1, self.shape.in_, 1)
-        y = from_first(flat, cores) if self.order == "first" else from_last(flat.unsqueeze(3), cores)
+        y = from_first(flat, cores) if way.begin == "first" else from_last(flat.unsqueeze(3), cores)
         y = y.reshape(*x.shape[:-1], self.shape.out)
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
-        return build(list(self.cores)).reshape(self.shape.out, self.shape.in_)
+        return build(tuple(self.cores)).reshape(self.shape.out, self.shape.in_)
 
     def dense(self) -> nn.Linear:
         w = self.dense_weight()
@@ -198,16 +139,10 @@ class TTLinear(FactorizedLayer):
         return self.bias
 
 
-def linear_order(shape: TTShape) -> Order:
-    """The cheapest order for one row."""
-    return _cheapest(first=shape.first, last=shape.last, dense=shape.build + shape.out * shape.in_)
-
-
-class RTTConv(ConvChain):
+class RTTConv(Keeping, ConvChain):
     """A convolution as a train over its channels and one spatial core (Garipov et al. 2016; Su et al. 2018, r-TT).
 
     ``ranks``: r_1 .. r_d, the last one towards the spatial core; each group has a train of its own, of these ranks.
-    The order is the cheapest where the kernel is applied often, so that building a dense kernel costs next to nothing.
     """
 
     method = "r_tt"
@@ -216,37 +151,44 @@ class RTTConv(ConvChain):
     def _build(self, bias: bool) -> None:
         out_modes, in_modes = conv_modes(self.in_channels // self.groups, self.out_channels // self.groups)
         shape = self.shape = TTShape(out_modes, in_modes, self.ranks)
-        self.order = conv_order(shape, math.prod(self.kernel_size), math.prod(self.stride))
         self.cores = _new_cores(shape, self.groups, 1 / shape.in_, **self._make)
-        axes, r = range(len(self.kernel_size)), shape.ranks[-1]
-        wide, narrow = self.groups * r, self.groups
-        self.spatial = self._link(*((narrow, wide) if self.order == "last" else (wide, narrow)), axes)
+        # As it convolves at the end. The dense layer's geometry, its handling of padding modes included, is its own.
+        self.spatial = self._link(self.groups * shape.ranks[-1], self.groups, range(len(self.kernel_size)))
         self.bias = _new_bias(self.out_channels, **self._make) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.order == "dense":
-            # The spatial link has the dense layer's own geometry, its handling of padding modes included.
-            return self.spatial._conv_forward(x, self.dense_weight(), self.bias)  # type: ignore[no-any-return]
+        sizes = tuple(x.shape[2:])
+        positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
+        way, _ = conv_way(self.shape, math.prod(self.kernel_size), self.groups, batch_of(x), positions)
+        return self.along(way, x)
+
+    def along(self, way: Way, x: Tensor) -> Tensor:
+        """The layer's output, computed in one way: it is the same in all of them."""
+        if way.is_dense:
+            (kernel,) = self.made(way, (*self.cores, self.spatial.weight), lambda: (self.dense_weight(),))
+            return self.spatial._conv_forward(x, kernel, self.bias)  # type: ignore[no-any-return]
         g, out, in_, r = self.groups, self.shape.out, self.shape.in_, self.shape.ranks[-1]
-        b, sizes = x.shape[0], x.shape[2:]
+        b, sizes, own = x.shape[0], x.shape[2:], tuple(self.cores)
+        cores = self.made(way.parts, own, partial(joined, own, way.parts, g))
         y = x.reshape(b, g, in_, math.prod(sizes))
         # The spatial core is the same for all channels of a group: they go along the batch.
-        if self.order == "first":
-            y = from_first(y, list(self.cores))
+        if way.begin == "first":
+            y = from_first(y, cores)
             y = self.spatial(y.transpose(1, 2).reshape(b * out, g * r, *sizes))
             sizes = y.shape[2:]
             y = y.reshape(b, out, g, math.prod(sizes)).transpose(1, 2)
         else:
-            y = self.spatial(y.transpose(1, 2).reshape(b * in_, g, *sizes))
+            kernel = self.spatial.weight.reshape(g * r, 1, *self.kernel_size)
+            y = self.spatial._conv_forward(y.transpose(1, 2).reshape(b * in_, g, *sizes), kernel, None)
             sizes = y.shape[2:]
-            y = from_last(y.reshape(b, in_, g, r, math.prod(sizes)).transpose(1, 2), list(self.cores))
+            y = from_last(y.reshape(b, in_, g, r, math.prod(sizes)).transpose(1, 2), cores)
         y = y.reshape(b, self.out_channels, *sizes)
         return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * len(sizes))
 
     def dense_weight(self) -> Tensor:
-        channels = build(list(self.cores), self.groups)
+        channels = build(tuple(self.cores), self.groups)
         spatial = self.spatial.weight.reshape(self.groups, self.shape.ranks[-1], -1)
-        weight = torch.bmm(channels.flatten(1, 2), spatial)
+        weight = torch.bmm(channels.reshape(self.groups, -1, self.shape.ranks[-1]), spatial)
         return weight.reshape(self.out_channels, self.shape.in_, *self.kernel_size)
 
     @property
@@ -254,62 +196,6 @@ class RTTConv(ConvChain):
         return self.bias
 
     spatial: Conv
-
-
-def conv_order(shape: TTShape, taps: int, stride: int) -> Order:
-    """The cheapest order for a kernel of ``taps`` whose input has ``stride`` positions for each of its output."""
-    r = shape.ranks[-1]
-    return _cheapest(
-        first=stride * shape.first + shape.out * r * taps,
-        last=shape.in_ * r * taps + shape.last,
-        dense=shape.out * shape.in_ * taps,
-    )
-
-
-def _cheapest(*, first: int, last: int, dense: int) -> Order:
-    costs: dict[Order, int] = {"first": first, "last": last, "dense": dense}
-    return min(costs, key=lambda order: costs[order])
-
-
-def from_first(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """(batch, groups, in, positions) to (batch, groups, out, r_d, positions), beginning with the first core."""
-    batch, groups, channels, positions = x.shape
-    rows, rank = positions * batch, 1
-    # State: (groups, r, the in modes to come, the out modes done, rows). Each core is one product with the matrix
-    # (o s, r i). Sizes with the batch in them stay at one end: an export with a dynamic batch cannot split others.
-    y = x.permute(1, 2, 3, 0)
-    for core in cores:
-        r, o, i, s = core.shape[0] // groups, *core.shape[1:]
-        matrix = core.reshape(groups, r, o, i, s).permute(0, 2, 4, 1, 3).reshape(groups, o * s, r * i)
-        y = torch.bmm(matrix, y.reshape(groups, r * i, channels // i * rows))
-        y = y.reshape(groups, o, s, channels // i, rows).permute(0, 2, 3, 1, 4)
-        channels, rank = channels // i * o, s
-    return y.reshape(groups, rank, channels, positions, batch).permute(4, 0, 2, 1, 3)
-
-
-def from_last(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """(batch, groups, in, r_d, positions) to (batch, groups, out, positions), beginning with the last core."""
-    batch, groups, channels, _, positions = x.shape
-    rows = batch * positions
-    # State: (groups, the out modes done, rows, the in modes to come, r); each core is the matrix (i s, o r).
-    y = x.permute(1, 0, 4, 2, 3)
-    for core in reversed(cores):
-        r, o, i, s = core.shape[0] // groups, *core.shape[1:]
-        matrix = core.reshape(groups, r, o, i, s).permute(0, 3, 4, 2, 1).reshape(groups, i * s, o * r)
-        y = torch.bmm(y.reshape(groups, rows * (channels // i), i * s), matrix)
-        y = y.reshape(groups, rows * (channels // i), o, r).permute(0, 2, 1, 3)
-        channels = channels // i * o
-    return y.reshape(groups, channels, batch, positions).permute(2, 0, 1, 3)
-
-
-def build(cores: Sequence[Tensor], groups: int = 1) -> Tensor:
-    """The product of the cores: (groups, out, in, r_d)."""
-    y = cores[0].reshape(groups, *cores[0].shape[1:])
-    for core in cores[1:]:
-        (_, out, in_, r), (_, o, i, s) = y.shape, core.shape
-        y = torch.bmm(y.reshape(groups, out * in_, r), core.reshape(groups, r, o * i * s))
-        y = y.reshape(groups, out, in_, o, i, s).permute(0, 1, 3, 2, 4, 5).reshape(groups, out * o, in_ * i, s)
-    return y
 
 
 def _new_cores(

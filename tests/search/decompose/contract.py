@@ -107,8 +107,10 @@ class Contract:
         sizes = tuple(x.shape[2:])
         for ranks in self.m.ranks(layer)[::7]:
             module = factorized_like(layer, self.method, ranks).eval()  # as the search counts
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                module(x)
+            with torch.no_grad():
+                module(x)  # a layer may keep what it makes of its factors
+                with FlopCounterMode(display=False) as counter:
+                    module(x)
             parameters, macs = self.m.cost(layer, ranks, output_positions(layer, x), input_sizes=sizes)
             assert parameters == sum(p.numel() for p in module.parameters())
             assert macs == counter.get_total_flops() // 2

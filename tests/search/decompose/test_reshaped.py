@@ -8,11 +8,13 @@ import pytest
 import tensorly
 import torch
 from tensorly.decomposition import parafac, tucker
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from search.decompose import METHODS, r_cp, r_tucker
 from tenfold.layers import factorized_like
-from tenfold.layers.reshaped import balanced
+from tenfold.layers.contracting import TTShape
+from tenfold.layers.reshaped import balanced, cp_shape, cp_way, tucker_way
 
 from .conftest import smooth_input
 from .contract import Contract, StatisticsOf
@@ -205,3 +207,75 @@ def test_variational_ranks_have_the_length_of_the_methods_ranks() -> None:
         assert len(ranks) == 4
         full = (*balanced(layer.weight.shape[1]), *balanced(layer.weight.shape[0] // getattr(layer, "groups", 1)))
         assert all(1 <= r <= n for r, n in zip(ranks, full, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- ways
+
+
+def multiplied(call: Callable[[], Tensor]) -> int:
+    """Multiplications of a call for which all that a layer keeps has been made."""
+    with torch.no_grad():
+        call()
+        with FlopCounterMode(display=False) as counter:
+            call()
+    return counter.get_total_flops() // 2
+
+
+def sides(s: tuple[int, int], t: tuple[int, int]) -> tuple[TTShape, TTShape]:
+    return TTShape((2, 3), s, (1, 1)), TTShape(t, (4, 2), (1, 1))
+
+
+def test_every_way_of_a_linear_computes_the_same() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    cp = factorized_like(nn.Linear(24, 36), "r_cp", (5,)).double().eval()
+    for way in cp_shape(cp.s, cp.t, 5).ways():
+        torch.testing.assert_close(cp.along(way, x), cp.dense()(x))
+        assert multiplied(lambda way=way: cp.along(way, x)) == cp_shape(cp.s, cp.t, 5).contraction(way, 6, 1).macs
+    tucker = factorized_like(nn.Linear(24, 36), "r_tucker", (2, 3, 4, 2)).double().eval()
+    into, out_of = sides(tucker.s, tucker.t)
+    for way in (None, *product(into.ways(), out_of.ways())):
+        torch.testing.assert_close(tucker.along(way, x), tucker.dense()(x))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"padding": 1},
+        {"stride": 2, "padding": 1, "groups": 2},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid"},
+        {"padding": 1, "padding_mode": "circular", "stride": (1, 2)},
+    ],
+    ids=str,
+)
+def test_every_way_of_a_convolution_computes_the_same(geometry: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(24, 36, 3, **geometry)
+    x = torch.randn(2, 24, 9, 8, dtype=torch.float64)
+    cp = factorized_like(layer, "r_cp", (3,)).double().eval()
+    assert cp.output_sizes((9, 8)) == tuple(cp(x).shape[2:])
+    for order in ("spatial_first", "spatial_last", "dense"):
+        torch.testing.assert_close(cp.along(order, x), cp.dense()(x))
+    tucker = factorized_like(layer, "r_tucker", (2, 3, 4, 2)).double().eval()
+    into, out_of = sides(tucker.s, tucker.t)
+    for way in (None, *product(into.ways(), out_of.ways())):
+        torch.testing.assert_close(tucker.along(way, x), tucker.dense()(x))
+
+
+@pytest.mark.parametrize(("channels", "rank"), [(64, 8), (512, 2), (512, 40)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_batch_multiplies_as_often_as_planned(channels: int, rank: int, stride: int) -> None:
+    layer = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+    x = torch.randn(3, channels, 6, 6)
+    positions = 36, 36 // stride**2
+    cp = factorized_like(layer, "r_cp", (rank,)).eval()
+    assert multiplied(lambda: cp(x)) == cp_way(cp.s, cp.t, rank, 9, 1, 3, positions)[1].macs
+    tucker = factorized_like(layer, "r_tucker", (4, 5, 3, 4)).eval()
+    assert multiplied(lambda: tucker(x)) == tucker_way(tucker.s, tucker.t, (4, 5, 3, 4), 9, 1, 3, positions)[1].macs
+
+
+def test_few_large_terms_are_contracted_and_many_are_multiplied_out() -> None:
+    few, many = (cp_way((16, 32), (16, 32), rank, 9, 1, 1, (49, 49))[0] for rank in (2, 200))
+    assert few != "dense"
+    assert many == "dense"

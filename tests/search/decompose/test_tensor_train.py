@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from search.decompose import METHODS
 from search.decompose.base import problems
 from search.decompose.tensor_train import refit, whiten
 from search.decompose.tt_matrix import tt_round, tt_svd
 from tenfold.layers import RTTConv, TTLinear
-from tenfold.layers.tensor_train import TTShape, balanced, build, conv_modes, linear_modes
+from tenfold.layers.contracting import TTShape, Way, build, conv_way, linear_way
+from tenfold.layers.planning import one_sample
+from tenfold.layers.tensor_train import balanced, conv_modes, linear_modes
 
 from .conftest import smooth_input
 from .contract import Contract, StatisticsOf, conv_layers
@@ -73,7 +76,8 @@ def test_vgg_fc6_and_fc7_at_rank_4_have_3168_parameters() -> None:
 
 def test_vgg_fc6_computes_without_its_matrix() -> None:
     layer = TTLinear(**FC6, ranks=(4,) * 5)
-    assert layer.order != "dense"
+    for rows in (1, 3, 100):
+        assert len(linear_way(layer.shape, rows)[0].parts) > 1
     assert layer(torch.randn(3, 25088)).shape == (3, 4096)
 
 
@@ -201,26 +205,65 @@ def test_a_fit_goes_on_from_one_for_nearly_the_same_data(statistics_of: Statisti
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-@pytest.mark.parametrize("order", ["first", "last", "dense"])
-def test_every_order_of_a_linear_computes_the_same(order: str) -> None:
+@pytest.mark.parametrize("way", TTShape((4, 3, 2), (2, 5, 3), (4, 3, 1)).ways(), ids=str)
+def test_every_way_of_a_linear_computes_the_same_and_multiplies_as_often_as_planned(way: Way) -> None:
     torch.manual_seed(0)
-    layer = TTLinear((2, 5, 3), (4, 3, 2), (4, 3)).double()
-    layer.order = order
+    layer = TTLinear((2, 5, 3), (4, 3, 2), (4, 3)).double().eval()
     x = torch.randn(2, 7, 30, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), layer.dense()(x))
+    torch.testing.assert_close(layer.along(way, x), layer.dense()(x))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer.along(way, x)  # joins cores
+        first = counter.get_total_flops()
+        layer.along(way, x)  # and keeps them
+    shape = layer.shape
+    assert counter.get_total_flops() - first == 2 * shape.contraction(way, 14, 1).macs
+    assert 2 * first - counter.get_total_flops() == 2 * shape.joining(way.parts).macs
 
 
-@pytest.mark.parametrize(
-    ("channels", "rank", "stride", "order"),
-    [((16, 64), 2, 1, "last"), ((64, 16), 2, 1, "first"), ((64, 64), 2, 2, "last"), ((16, 16), 12, 1, "dense")],
-)
-def test_the_order_of_a_convolution_follows_its_shape(
-    channels: tuple[int, int], rank: int, stride: int, order: str
-) -> None:
-    layer = RTTConv(*channels, (3, 3), (rank,) * 3, stride=stride, padding=1, padding_mode="reflect").double()
-    assert layer.order == order
-    x = torch.randn(2, channels[0], 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), layer.dense()(x))
+@pytest.mark.parametrize("way", [*TTShape((2, 4), (2, 3), (3, 2)).ways(), Way("first", (2,), True)], ids=str)
+def test_every_way_of_a_convolution_computes_the_same(way: Way) -> None:
+    torch.manual_seed(0)
+    layer = RTTConv(12, 16, (3, 2), (3, 2), stride=(2, 1), padding=1, groups=2, padding_mode="reflect").double()
+    assert layer.shape == TTShape((4, 2), (2, 3), (3, 2))
+    x = torch.randn(2, 12, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer.along(way, x), layer.dense()(x))
+
+
+def test_few_rows_go_along_the_cores_and_small_kernels_are_built() -> None:
+    large, small = TTShape((8,) * 4, (8,) * 4, (8, 8, 8, 1)), TTShape((4,) * 3, (4,) * 3, (7,) * 3)
+    assert len(linear_way(large, 1)[0].parts) > 1
+    assert conv_way(small, 9, 1, 32, (784, 784))[0].is_dense
+    assert not conv_way(TTShape((8,) * 3, (8,) * 3, (2,) * 3), 9, 1, 1, (49, 49))[0].is_dense
+
+
+def test_a_kept_product_follows_its_cores() -> None:
+    torch.manual_seed(0)
+    layer = RTTConv(16, 16, (3, 3), (7, 7, 7), padding=1).eval()
+    x = torch.randn(4, 16, 9, 9)
+    assert conv_way(layer.shape, 9, 1, 4, (81, 81))[0].is_dense
+    with torch.no_grad():
+        before = layer(x)
+        layer.cores[0].mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+        layer.spatial.weight.mul_(0.5)
+        torch.testing.assert_close(layer(x), before)
+
+
+def test_within_one_sample_a_batch_goes_the_way_of_one() -> None:
+    layer = TTLinear((8,) * 3, (8,) * 3, (4, 4)).eval()
+    x = torch.randn(512, 512)
+
+    def counted() -> int:
+        layer(x)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        return counter.get_total_flops() // 2 // 512
+
+    with torch.no_grad():
+        assert counted() == linear_way(layer.shape, 512)[1].macs // 512
+        with one_sample():
+            assert counted() == linear_way(layer.shape, 1)[1].macs
+    assert linear_way(layer.shape, 512)[0] != linear_way(layer.shape, 1)[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own

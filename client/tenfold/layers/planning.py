@@ -1,0 +1,110 @@
+"""Which of several ways to compute the same is the quickest, from sizes alone.
+
+Multiplications are not what a chain of small factors waits for: it writes and reads what is between its factors, with
+matrices too narrow for the processor's vectors. A way costs
+
+    sum over its operators of  CALL + items (ITEM + m k max(n, LANES) / RATE) + what it writes
+
+for ``items`` products (m, k) by (k, n). The constants were measured on one thread of an x86-64 processor with AVX-512
+(float32, torch 2.13). Only their ratios matter, and they decide between ways that differ by factors.
+
+Sizes are those of the input at hand. Where they are traced, the batch is unknown and the way is that of one sample;
+so it is within ``one_sample``, for counting what such a file does.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest"]
+
+RATE = 60.0
+"""Multiply-accumulates a nanosecond of a large product."""
+CONVOLVED = 80.0
+"""Of a large convolution."""
+LANES = 16
+"""Columns that a product takes at once: fewer are no quicker."""
+BLOCK = 16
+"""Channels."""
+CALL, ITEM = 5_000.0, 100.0
+"""Nanoseconds that an operator takes whatever its size, and each product of a batch."""
+WRITTEN = ((2**19, 0.2), (2**23, 0.6), (float("inf"), 1.6))
+"""Nanoseconds an element of a result of at most so many: in the second cache, in memory at hand, in memory that the
+system hands out anew (at 32 MiB)."""
+SHUFFLED = 0.5
+"""Nanoseconds more an element that changes its place."""
+
+Way = TypeVar("Way", bound=Hashable)
+
+_one_sample: ContextVar[bool] = ContextVar("one_sample", default=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What operators take together."""
+
+    macs: int = 0
+    ns: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.macs + other.macs, self.ns + other.ns)
+
+
+def product(m: int, k: int, n: int, items: int = 1) -> Work:
+    """``items`` products of (m, k) by (k, n)."""
+    macs = items * m * k * n
+    padded = macs // n * max(n, LANES)
+    return Work(macs, CALL + items * ITEM + padded / RATE + _written(items * m * n))
+
+
+def convolution(out: int, in_: int, taps: int, positions: tuple[int, int], images: int, groups: int = 1) -> Work:
+    """Of ``in_`` channels to ``out``, of each group, from ``positions`` of an input to those of an output.
+
+    Images go to blocks of channels and come back; a block is ``BLOCK`` channels wide, however few there are.
+    """
+    before, behind = (images * groups * n for n in positions)
+    macs = out * in_ * taps * behind
+    blocks = _written(_blocked(in_) * before) + _written(_blocked(out) * behind) + _written(out * behind)
+    return Work(macs, CALL + macs / CONVOLVED + blocks)
+
+
+def copy(elements: int) -> Work:
+    """To another order of the axes."""
+    return Work(0, CALL + _written(elements) + SHUFFLED * elements)
+
+
+def quickest(ways: Mapping[Way, tuple[Work, Work]], macs: int) -> Way:
+    """``ways``: the work of each, and of making what it takes from the factors, which a file does at each call.
+
+    ``macs``: the dense layer's. No way that multiplies more is taken: that would save neither.
+    """
+    able = [(run.ns + make.ns, i) for i, (run, make) in enumerate(ways.values()) if run.macs <= macs]
+    return list(ways)[min(able)[1]]
+
+
+def batch_of(x: Tensor) -> int:
+    """How many samples to plan for."""
+    return 1 if torch.compiler.is_compiling() or _one_sample.get() else max(1, x.shape[0])
+
+
+@contextmanager
+def one_sample() -> Iterator[None]:
+    """Layers take the way of one sample, as exported files with a free batch do."""
+    token = _one_sample.set(True)
+    try:
+        yield
+    finally:
+        _one_sample.reset(token)
+
+
+def _written(elements: int) -> float:
+    return next(ns for most, ns in WRITTEN if elements <= most) * elements
+
+
+def _blocked(channels: int) -> int:
+    return -(-channels // BLOCK) * BLOCK
