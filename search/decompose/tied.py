@@ -189,9 +189,13 @@ def _pooled(
         return summed
 
     pooled = Statistics(
-        *(mean(name) for name in ("second", "cross", "energy", "mean_input", "mean_output")),
-        sum(s.count for s in statistics),
-        statistics[0].input_sizes,
+        second=mean("second"),
+        cross=mean("cross"),
+        energy=mean("energy"),
+        mean_input=mean("mean_input"),
+        mean_output=mean("mean_output"),
+        count=sum(s.count for s in statistics),
+        input_sizes=statistics[0].input_sizes,
     )
     return pooled, metric
 

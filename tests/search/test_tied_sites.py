@@ -136,7 +136,7 @@ def test_a_profile_offers_ties_as_sites_of_several_layers(job: Job) -> None:
 def test_a_trial_costs_what_was_predicted_and_stays_tied_through_training(job: Job, tmp_path: Path) -> None:
     plan = plan_of(job)
     ground = ground_of(job.session.bench.spec, job.profile, None)
-    work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT)
+    work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT, epochs=1)
     result = job.session.trial(work, job.profile, None, None, None, tmp_path)
     assert (result.costs.parameters, result.costs.macs) == ground.costs(plan)
     assert result.value is not None
