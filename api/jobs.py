@@ -38,8 +38,7 @@ class JobRequest(JobSpec):
                 "name": "resnet20 at half a point",
                 "budget": {"metric": "accuracy", "max_drop": 0.005},
                 "minimize": ["parameters"],
-                "search": {"trials": 30, "parallel": 2},
-                "fine_tune": {"epochs": 10},
+                "search": {"trials": 30, "hours": 2, "parallel": 2},
             }
         }
     )

@@ -1,5 +1,6 @@
 """What a job and its trials look like from outside: pure functions from rows to reply bodies."""
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -8,7 +9,18 @@ from db.overview import Overview
 from db.tables import Job, JobState, Task, TaskState, Trial
 from db.trials import latest, record
 from search.front import measured
-from search.spec import Costs, Interval, JobSpec, Metric, Profile, Rung, TrialRecord, TrialResult, TrialState
+from search.spec import (
+    DEFAULT_EPOCHS,
+    Costs,
+    Interval,
+    JobSpec,
+    Metric,
+    Profile,
+    Rung,
+    TrialRecord,
+    TrialResult,
+    TrialState,
+)
 
 __all__ = [
     "Baseline",
@@ -143,19 +155,24 @@ def best_view(trial: TrialRecord) -> Best | None:
 
 
 def _eta(job: Job, spec: JobSpec, seen: Overview, now: float) -> float | None:
-    """Seconds left: the pace of the trials so far, then one full fine-tuning at the speed of the best one's short."""
+    """Seconds left: the pace of the trials so far, then one full fine-tuning at the speed of the best one's short.
+
+    Where the hours decide how long that is, what is left of them.
+    """
     active = 0.0 if job.active_since is None else max(0.0, now - job.active_since)
-    elapsed = max(0.0, job.spent_seconds + active - (seen.profile.seconds if seen.profile else 0.0))
+    working, hours, epochs = job.spent_seconds + active, spec.search.hours, spec.fine_tune.epochs
+    elapsed = max(0.0, working - (seen.profile.seconds if seen.profile else 0.0))
     if job.state is JobState.REFINING:
         return next((left for task in seen.tasks if (left := _left(task, now)) is not None), None)
     if job.state is not JobState.SEARCHING or not seen.measured:
         return None
-    left = elapsed / seen.measured * max(0, spec.search.trials - seen.measured)
-    if spec.search.hours is not None:
-        left = min(left, max(0.0, spec.search.hours * 3600 - elapsed))
+    remaining = math.inf if hours is None else max(0.0, hours * 3600 - working)
+    if hours is not None and epochs == "auto":
+        return round(remaining)
+    left = min(elapsed / seen.measured * max(0, spec.search.trials - seen.measured), remaining)
     trained = next((r for r in seen.best.results.values() if r.epochs), None) if seen.best else None
     if trained is not None:
-        left += spec.fine_tune.epochs * trained.seconds / trained.epochs
+        left += (DEFAULT_EPOCHS if epochs == "auto" else epochs) * trained.seconds / trained.epochs
     return round(left)
 
 

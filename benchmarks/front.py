@@ -39,6 +39,7 @@ from search import cost
 from search.bench import Bench, read_weights
 from search.front import dominates, front, hypervolume, measured, size
 from search.intake.loading import lift_program
+from search.pace import planned_epochs
 from search.session import Session
 from search.spec import (
     Augmentation,
@@ -202,9 +203,9 @@ def our_point(session: Session, spec: JobSpec, found: Search, record: TrialRecor
     """A candidate after the whole recipe (or none), and its one look at the test images."""
     before = found.weights[record.number]
     result = measured(record)
-    if spec.fine_tune.epochs:
+    if spec.fine_tune.trains:
         out = folder / "full" / str(record.number)
-        result = session.refine(record, found.profile, None, before, None, out)
+        result = session.refine(record, planned_epochs(spec, found.profile), found.profile, None, before, None, out)
         test = result.verify_value
     else:
         network, _ = read_weights(session.bench.original, before)
@@ -308,7 +309,7 @@ def peer_point(row: Row, bench: Bench, spec: JobSpec) -> Row:
     # Its own process wrote the file: an operator that is refused from strangers is welcome here.
     network = lift_program(torch.export.load(row["file"]), "pt2").module.eval()
     counted, epochs, select = cost.count(network, bench.example), 0.0, None
-    if spec.fine_tune.epochs:
+    if spec.fine_tune.trains:
         epochs, select = _train(network, bench, spec)
     else:
         select = bench.select(network).value
@@ -329,7 +330,7 @@ def _train(network: nn.Module, bench: Bench, spec: JobSpec) -> tuple[float, floa
         bench.original,
         bench.data,
         spec.fine_tune,
-        epochs=spec.fine_tune.epochs,
+        epochs=float(spec.fine_tune.epochs),
         seed=spec.search.seed,
         metric=bench.metric,
         runtime=bench.runtime,

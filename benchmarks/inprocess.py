@@ -65,7 +65,7 @@ def search(session: Session, spec: JobSpec, folder: Path, told: Callable[[Search
 def record_of(work: TrialWork, before: TrialRecord | None = None) -> TrialRecord:
     """A trial's row when ``work`` on it begins."""
     return TrialRecord(
-        **work.model_dump(exclude={"kind"}),
+        **work.model_dump(exclude={"kind", "epochs"}),
         state=TrialState.RUNNING,
         results={} if before is None else before.results,
     )

@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         before = session.bench.verify(network).value
         began = time.monotonic()
         full = session.trial(
-            work.model_copy(update={"rung": Rung.FULL}),
+            work.model_copy(update={"rung": Rung.FULL, "epochs": arguments.epochs}),
             profile,
             None,
             Path(scratch) / "cheap" / "weights.safetensors",

@@ -86,7 +86,10 @@ def curve(spec: JobSpec, profile: Profile, propose: Propose, tried: Try, trials:
     while len(history) < trials and (works := propose(history, min(k, trials - len(history)))):
         for work in works:
             result, drop = tried(work.plan)
-            values = work.model_dump(exclude={"kind"}) | {"state": TrialState.DONE, "results": {Rung.CHEAP: result}}
+            values = work.model_dump(exclude={"kind", "epochs"}) | {
+                "state": TrialState.DONE,
+                "results": {Rung.CHEAP: result},
+            }
             history.append(TrialRecord.model_validate(values))
             shares = ratios(result.costs, profile.costs, spec.minimize)
             at_boundary.append((*shares, max(drop / profile.max_drop, 0.5)))

@@ -46,9 +46,10 @@ def main() -> None:
     parser.add_argument("--minimize", nargs="+", default=["parameters"])
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--stages", type=int, default=1)
-    parser.add_argument("--short-epochs", type=float, default=1)
-    parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--hours", type=float, default=None, help="for search and training; decides the epochs")
+    parser.add_argument("--short-epochs", type=float, default=None)
+    parser.add_argument("--epochs", type=float, default=None)
+    parser.add_argument("--storage", nargs="+", default=[])
     parser.add_argument("--workers", type=int, default=1, help="each trains with all cores divided by this")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/service.json"))
     parser.add_argument("--out", type=Path, default=None, help="keep the downloaded files here")
@@ -68,17 +69,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         data = arguments.data or _cifar10(folder / "cifar10.npz")
         tenfold.export(net.eval(), torch.zeros(2, 3, 32, 32), folder / f"{arguments.network}.pt2")
         with service(folder, arguments.workers) as (url, key), tenfold.Client(url, key) as client:
-            recipe = {"epochs": arguments.epochs, "short_epochs": arguments.short_epochs}
-            if arguments.learning_rate:
-                recipe["learning_rate"] = arguments.learning_rate
+            asked = {name: getattr(arguments, name) for name in ("epochs", "short_epochs")}
             job = client.submit(
                 folder / f"{arguments.network}.pt2",
                 data,
                 max_drop=arguments.max_drop,
                 minimize=arguments.minimize,
                 data_spec={"transform": TRANSFORM},
-                search={"trials": arguments.trials, "parallel": arguments.workers, "stages": arguments.stages},
-                fine_tune=recipe,
+                search={
+                    "trials": arguments.trials,
+                    "parallel": arguments.workers,
+                    "stages": arguments.stages,
+                    "hours": arguments.hours,
+                },
+                fine_tune={name: epochs for name, epochs in asked.items() if epochs is not None},
+                storage=arguments.storage,
             )
             watch(job, console=console)
             job.download(folder / "out")
@@ -89,10 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             trials = [job.trial(t["number"]) for t in job.trials()]
             epochs = sum(r["epochs"] for t in trials for r in t["results"].values())
             return {
-                "command": "python -m benchmarks.service "
-                f"--network {arguments.network} --max-drop {arguments.max_drop} --trials {arguments.trials} "
-                f"--stages {arguments.stages} --short-epochs {arguments.short_epochs} --epochs {arguments.epochs} "
-                f"--workers {arguments.workers} --minimize {' '.join(arguments.minimize)}",
+                "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
                 "date": time.strftime("%Y-%m-%d"),
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
                 "wall_seconds": round(time.monotonic() - began),

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from search.pace import planned_epochs
 from search.spec import (
     AskedWork,
     Costs,
@@ -36,6 +37,8 @@ from search.stages import next_work
 
 __all__ = ["Life", "Surface", "live"]
 
+_OTHERWISE = 20.0
+"""Seconds of work besides training."""
 _CHANCE = 0.8
 """Accuracy lost by a network that only guesses."""
 
@@ -43,8 +46,18 @@ _CHANCE = 0.8
 class Surface:
     """The truth: costs and drops of any plan at any rung, the same for the same arguments."""
 
-    def __init__(self, seed: int = 0, *, blocks: int = 9, max_drop: float = 0.005, noise: float = 0.0007) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        blocks: int = 9,
+        max_drop: float = 0.005,
+        noise: float = 0.0007,
+        epoch_seconds: float = 0.0,
+    ) -> None:
+        """``epoch_seconds``: of training; 0: all work takes a random time, whatever it is."""
         chance = random.Random(seed)
+        self.epoch_seconds = epoch_seconds
         self.max_drop = max_drop
         self._noise = noise
         self._seed = seed
@@ -113,6 +126,7 @@ class Surface:
             costs=costs,
             sites=tuple(self._sites),
             seconds=1.0,
+            epoch_seconds=self.epoch_seconds,
         )
 
     def costs(self, plan: Plan) -> Costs:
@@ -142,13 +156,15 @@ class Surface:
         healed = 1.0 / (1.0 + 8.0 * epochs)
         return floor * (1.0 + 0.1 * math.log(rate) ** 2) + max(cheap - floor, 0.0) * healed
 
-    def result(self, spec: JobSpec, plan: Plan, rung: Rung, params: dict[str, str | int | float | bool]) -> TrialResult:
-        epochs = {Rung.CHEAP: 0.0, Rung.SHORT: spec.fine_tune.short_epochs, Rung.FULL: spec.fine_tune.epochs}[rung]
+    def result(
+        self, spec: JobSpec, plan: Plan, rung: Rung, params: dict[str, str | int | float | bool], epochs: float = 0.0
+    ) -> TrialResult:
         truth = self.drop(plan, epochs, float(params.get("learning_rate_scale", 1.0)))
         chance = random.Random(f"{self._seed}/{sorted(plan.items())}/{rung}")
         drop = truth + chance.gauss(0.0, self._noise)
+        seconds = epochs * self.epoch_seconds or 1.0
         result = TrialResult(
-            rung=rung, value=0.917 - drop, drop=drop, costs=self.costs(plan), seconds=1.0, epochs=epochs
+            rung=rung, value=0.917 - drop, drop=drop, costs=self.costs(plan), seconds=seconds, epochs=epochs
         )
         if rung is not Rung.FULL:
             return result
@@ -163,6 +179,13 @@ class Surface:
                 "keeps_budget": worst <= self.max_drop,
             }
         )
+
+    def hours(self, work: AskedWork, chance: random.Random) -> float:
+        """That ``work`` takes."""
+        if not self.epoch_seconds:
+            return chance.expovariate(10.0)
+        epochs = work.epochs if isinstance(work, TrialWork | RefineWork) else 0.0
+        return chance.uniform(0.9, 1.1) * (_OTHERWISE + epochs * self.epoch_seconds) / 3600
 
 
 @dataclass
@@ -217,7 +240,7 @@ def live(
                 life.finished.append(work)
                 return life
             _start(life, work)
-            heapq.heappush(queue, (life.hours + chance.expovariate(10.0), step * 1000 + position, work))
+            heapq.heappush(queue, (life.hours + surface.hours(work, chance), step * 1000 + position, work))
         if len(queue) > workers:
             raise RuntimeError(f"{len(queue)} tasks for {workers} workers")
         if not queue:
@@ -265,7 +288,7 @@ def _end(
         if fails:
             life.history[work.number] = record.model_copy(update={"state": TrialState.FAILED})
             return
-        result = surface.result(spec, record.plan, record.rung, record.params)
+        result = surface.result(spec, record.plan, record.rung, record.params, work.epochs)
         outcome = breaks(record, record.rung)
         if outcome is not None:
             result = result.model_copy(update={"outcome": outcome, "value": None, "drop": None, "keeps_budget": None})
@@ -275,9 +298,9 @@ def _end(
 
 def feasible_shares(life: Sequence[TrialRecord], surface: Surface, spec: JobSpec) -> list[float]:
     """Of each candidate in order: the share of the cost it truly keeps if it truly keeps the budget, else 1."""
-    shares = []
+    shares, epochs = [], planned_epochs(spec, surface.profile(0))
     for record in life:
-        truth = surface.drop(record.plan, spec.fine_tune.epochs, float(record.params.get("learning_rate_scale", 1.0)))
+        truth = surface.drop(record.plan, epochs, float(record.params.get("learning_rate_scale", 1.0)))
         share = surface.costs(record.plan).parameters / surface.profile(0).costs.parameters
         shares.append(share if truth <= surface.max_drop else 1.0)
     return shares

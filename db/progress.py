@@ -169,7 +169,7 @@ def _queue(s: Session, job: Job, asked: ProfileWork | TrialWork | RefineWork | E
     elif isinstance(asked, RefineWork):
         kind = TaskKind.REFINE
         _raise_trial(s, job, asked.number, Rung.FULL, at)
-        set_state(s, job, JobState.REFINING, at, f"Refining trial {asked.number} and checking it on unseen data.")
+        set_state(s, job, JobState.REFINING, at, _refining(asked))
     else:
         kind = TaskKind.EXPORT
         _existing(s, job, asked.number)
@@ -189,6 +189,11 @@ def _queue(s: Session, job: Job, asked: ProfileWork | TrialWork | RefineWork | E
             created_at=at,
         )
     )
+
+
+def _refining(asked: RefineWork) -> str:
+    how = f"training it for {asked.epochs:g} epochs and " if asked.epochs else ""
+    return f"Refining trial {asked.number}: {how}checking it on unseen data."
 
 
 def _enter_trial(s: Session, job: Job, asked: TrialWork, at: float) -> None:

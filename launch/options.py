@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from search.spec import Augmentation, Cost, Metric, Task
+from search.spec import Augmentation, Cost, Metric, Storage, Task
 
 __all__ = ["add_arguments", "job_fields"]
 
@@ -27,8 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", choices=[m.value for m in Metric], help="default: the task's first")
     parser.add_argument("--minimize", action="append", choices=[c.value for c in Cost], help="repeatable (parameters)")
     parser.add_argument("--trials", type=int, help="candidates to try (default 30)")
-    parser.add_argument("--epochs", type=float, help="epochs of the final fine-tuning (default 10)")
-    parser.add_argument("--hours", type=float, help="wall-clock limit of the search")
+    parser.add_argument(
+        "--epochs",
+        type=float,
+        help="epochs of the final fine-tuning (default: what --hours leave time for, without them 10)",
+    )
+    parser.add_argument("--hours", type=float, help="wall-clock time for search and fine-tuning")
+    parser.add_argument(
+        "--storage", action="append", choices=[s.value for s in Storage], help="also files with weights in fewer bits"
+    )
     parser.add_argument("--task", choices=[t.value for t in Task], default=Task.CLASSIFICATION.value)
     parser.add_argument("--scale", type=float, help="multiplies the stored values, such as 0.00392156862745098")
     parser.add_argument("--mean", type=_numbers, help="of each channel, after scaling: 0.49,0.48,0.45")
@@ -56,6 +63,7 @@ def job_fields(options: argparse.Namespace, workers: int) -> dict[str, Any]:
         "min_value": options.min_value,
         "metric": options.metric,
         "minimize": options.minimize or [Cost.PARAMETERS.value],
+        "storage": options.storage or [],
         "architecture": options.architecture,
         "data_spec": {
             "task": options.task,

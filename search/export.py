@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from search import report
 from search.intake import Answer, first_output, last_output
 from search.metrics import Samples, forward
-from search.spec import ExportFormat, Metric, Plan, TensorInfo
+from search.spec import ExportFormat, Metric, Plan, Storage, TensorInfo
+from search.storage import narrowed
 from search.surgery import named_sites
 from tenfold import exporting
 from tenfold.applying import apply
 from tenfold.layers import JointLayer
 
-__all__ = ["export_all", "plan_json", "save_weights", "write_check", "write_onnx", "write_pt2"]
+__all__ = ["export_all", "plan_json", "round_weights", "save_weights", "write_check", "write_onnx", "write_pt2"]
 
 CHECK_ROWS = 2048
 CHECK_BYTES = 16 << 20
@@ -53,28 +55,35 @@ def export_all(
     out: Path,
     formats: Sequence[ExportFormat],
     facts: Mapping[str, Any],
+    rounded: Mapping[Storage, nn.Module] | None = None,
 ) -> list[Path]:
     """Write the asked formats of ``module`` (which is ``original`` after ``plan``) into ``out``.
 
-    ``model.pt2``, ``model.onnx``, ``model.safetensors`` with ``plan.json``, ``report.json`` with ``report.html``.
+    ``model.pt2``, ``model.onnx``, ``model.safetensors`` with ``plan.json``, ``report.json`` with ``report.html``; and
+    of each ``rounded`` module the first two, such as ``model-int8.pt2``.
     ``facts`` are the report's; it lists the other files with their SHA-256, so it is written last.
     Raises RuntimeError when the weights and the plan do not give the network back.
     """
     module.eval()
     files: list[Path] = []
     if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
-        graph = write_pt2(module, lifted, out / "model.pt2")
-        if ExportFormat.ONNX in formats:
-            files.append(write_onnx(graph, [i.name for i in lifted.inputs], out / "model.onnx"))
-        if ExportFormat.PT2 in formats:
-            files.insert(0, graph)
-        else:
-            graph.unlink()
+        files += _write_graphs(module, lifted, out / "model", formats)
+        for storage, other in (rounded or {}).items():
+            files += _write_graphs(other, lifted, out / f"model-{storage}", formats)
     if ExportFormat.SAFETENSORS in formats:
         files += _write_weights(module, original, plan, lifted, out)
     if ExportFormat.REPORT in formats:
         files += report.write({**facts, "files": [describe(f) for f in files]}, out)
     return files
+
+
+def round_weights(module: nn.Module, lifted: Signature, storages: Sequence[Storage]) -> dict[Storage, nn.Module]:
+    """``module`` with its weights in each of ``storages``; see ``search.storage``."""
+    if not storages:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        graph = write_pt2(module, lifted, Path(folder) / "model.pt2")
+        return {storage: narrowed(torch.export.load(graph), storage) for storage in storages}
 
 
 def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
@@ -136,13 +145,16 @@ def write_check(
     path: Path,
     *,
     reference: nn.Module | None = None,
+    rounded: Mapping[Storage, nn.Module] | None = None,
     fixed_batch: int | None = None,
     answer: Answer = first_output,
 ) -> Path:
     """Inputs, expected answers and labels (or the ``reference`` network's answers) for ``search/reload.py``."""
+    expected_of = {"expected": module, **{f"expected_{s}": m.eval() for s, m in (rounded or {}).items()}}
+    answers: dict[str, list[Tensor]] = {name: [] for name in expected_of}
     batch = fixed_batch or CHECK_BATCH
     inputs: list[tuple[Tensor, ...]] = []
-    targets, expected, wanted = [], [], []
+    targets, wanted = [], []
     first = next(iter(samples.batches(1)))[0]
     module.eval()
     with torch.no_grad():
@@ -151,13 +163,14 @@ def write_check(
         limit = max(1, min(len(samples), CHECK_ROWS, CHECK_BYTES // row_bytes))
         for xs, target in samples.batches(batch, limit=limit):
             inputs.append(xs)
-            expected.append(forward(module, xs, fixed_batch, answer).float())
+            for name, network in expected_of.items():
+                answers[name].append(forward(network, xs, fixed_batch, answer).float())
             if reference is not None:
                 wanted.append(forward(reference, xs, fixed_batch, answer).float())
             elif target is not None:
                 targets.append(target)
     arrays = {f"input_{i}": torch.cat([xs[i] for xs in inputs]).numpy() for i in range(len(first))}
-    arrays["expected"] = torch.cat(expected).numpy()
+    arrays |= {name: torch.cat(parts).numpy() for name, parts in answers.items()}
     if reference is not None:
         arrays["reference"] = torch.cat(wanted).numpy()
     else:
@@ -172,6 +185,17 @@ def describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"filename": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _write_graphs(module: nn.Module, lifted: Signature, stem: Path, formats: Sequence[ExportFormat]) -> list[Path]:
+    graph = write_pt2(module, lifted, stem.with_name(stem.name + ".pt2"))
+    files = [graph]
+    if ExportFormat.ONNX in formats:
+        files.append(write_onnx(graph, [i.name for i in lifted.inputs], stem.with_name(stem.name + ".onnx")))
+    if ExportFormat.PT2 not in formats:
+        graph.unlink()
+        files.remove(graph)
+    return files
 
 
 def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: Signature, out: Path) -> list[Path]:

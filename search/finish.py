@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from search.front import is_cheaper, kept, measured, size
+from search.pace import full_epochs
 from search.predict import Prediction, Predictor
 from search.spec import (
     Cost,
@@ -55,16 +56,23 @@ def without_checks(record: TrialRecord) -> TrialRecord:
 
 
 def finish(
-    spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], *, running: int, k: int, exported: Collection[int]
+    spec: JobSpec,
+    profile: Profile,
+    history: Sequence[TrialRecord],
+    *,
+    running: int,
+    k: int,
+    elapsed_hours: float,
+    exported: Collection[int],
 ) -> Sequence[RefineWork | ExportWork | Finished]:
     """What is left to do once no candidate and no promotion is to come. [] = wait."""
-    view = _View(spec, profile, history)
+    view = _View(spec, profile, history, full_epochs(spec, profile, history, elapsed_hours))
     if not view.candidates and not view.checked:
         return [] if running else [_nothing_to_check(spec, profile, history)]
     live = [r for r in view.checked if r.state in _LIVE]
     works = view.to_check(k, len(live))
     if works:
-        return [RefineWork(number=record.number) for record in works]
+        return [RefineWork(number=record.number, epochs=view.epochs) for record in works]
     if live:
         return []
     if not view.kept:
@@ -87,8 +95,8 @@ class _Candidate:
 
 
 class _View:
-    def __init__(self, spec: JobSpec, profile: Profile, history: Sequence[TrialRecord]) -> None:
-        self.spec, self.profile, self.history = spec, profile, history
+    def __init__(self, spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], epochs: float) -> None:
+        self.spec, self.profile, self.history, self.epochs = spec, profile, history, epochs
         self.allowed = _allowed(spec, profile)
         predictor = Predictor(spec, profile, history)
         self.checked = [r for r in history if r.rung is Rung.FULL and (r.state is not TrialState.CANCELLED)]
@@ -118,7 +126,7 @@ class _View:
     def to_check(self, k: int, live: int) -> list[TrialRecord]:
         """The next candidates for the whole recipe, at most ``k``."""
         if self.kept:
-            room = min(k, 1 - live) if len(self.kept) <= _CLIMBS else 0
+            room = min(k, 1 - live) if len(self.kept) <= _CLIMBS and self._time_to_climb() else 0
         else:
             room = min(k, min(_AT_ONCE, self.spec.search.parallel) - live)
         room = min(room, self.spec.search.checks - len(self.failed) - live)
@@ -130,6 +138,11 @@ class _View:
             chosen.append(candidate.record)
             limit = min(limit, candidate.final.mean - 1e-12)  # beside it, only a safer one
         return chosen
+
+    def _time_to_climb(self) -> bool:
+        """Whether the hours leave another candidate at least half of the training that what is kept had."""
+        full = self.kept[0].results[Rung.FULL]
+        return self.epochs >= full.epochs / 2
 
     def _limit(self) -> float:
         """The predicted drop that a candidate may have: the budget, and after failed checks safer by what they showed.
@@ -196,8 +209,10 @@ class _View:
 
     def not_kept(self) -> Finished:
         advice = ["allow a larger max_drop", "give search.trials more candidates"]
-        if self.spec.fine_tune.epochs > 0:
-            advice.append(f"train longer than fine_tune.epochs = {self.spec.fine_tune.epochs:g}")
+        if self.spec.fine_tune.trains:
+            trained = max((r.results[Rung.FULL].epochs for r in self.failed if Rung.FULL in r.results), default=0.0)
+            more = "fine_tune.epochs" if self.spec.search.hours is None else "search.hours"
+            advice.append(f"train longer than {trained:g} epochs ({more})")
         else:
             advice.append("let it train (fine_tune.epochs is 0)")
         return Finished(

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from search.front import measured
-from search.spec import FRACTIONS, Cost, FineTune, JobSpec, Profile, Rung, TrialRecord, TrialResult
+from search.pace import planned_epochs, short_epochs
+from search.spec import FRACTIONS, Cost, JobSpec, Profile, Rung, TrialRecord, TrialResult
 
 __all__ = ["Prediction", "Predictor", "compression", "unit"]
 
@@ -56,13 +57,14 @@ class Predictor:
 
     def __init__(self, spec: JobSpec, profile: Profile, history: Sequence[TrialRecord]) -> None:
         self._profile = profile
-        self._trains = spec.fine_tune.epochs > 0
+        self._trains = spec.fine_tune.trains
         self._unit = unit(profile)
         if not self._trains:
             return
-        self._short = _ShortModel(spec.fine_tune, profile)
+        short = max(short_epochs(spec, profile), 0.1)
+        self._short = _ShortModel(short, profile)
         self._short.learn(history)
-        self._gain = _Gain(spec.fine_tune, self._unit)
+        self._gain = _Gain(planned_epochs(spec, profile) / short, self._unit)
         self._gain.learn(history)
 
     def final(self, record: TrialRecord) -> Prediction | None:
@@ -80,12 +82,12 @@ class Predictor:
 class _ShortModel:
     """Drop after the short rung from the drop before any gradient."""
 
-    def __init__(self, recipe: FineTune, profile: Profile) -> None:
+    def __init__(self, epochs: float, profile: Profile) -> None:
         self._profile = profile
         self._unit = unit(profile)
         # Relative losses move further than accuracies: a lost point of accuracy is several per cent of loss.
         scale = 1.0 if profile.metric in FRACTIONS else 5.0
-        recovers = float(np.clip(0.25 * max(recipe.short_epochs, 0.1) ** -0.3, 0.05, 0.6))
+        recovers = float(np.clip(0.25 * epochs**-0.3, 0.05, 0.6))
         self._mean: Vector = np.array([0.0, recovers, 0.015 * scale])
         self._covariance: Vector = np.diag(np.array([0.5, 0.5 * recovers, 0.008 * scale]) ** 2)
         self._noise = 0.4
@@ -124,9 +126,8 @@ class _ShortModel:
 class _Gain:
     """How much of the short rung's drop is left after the whole recipe: one slope, learnt from refined trials."""
 
-    def __init__(self, recipe: FineTune, step: float) -> None:
+    def __init__(self, longer: float, step: float) -> None:
         self._unit = step
-        longer = recipe.epochs / max(recipe.short_epochs, 0.1)
         self._mean = max(longer, 1.0) ** -0.3  # ten times the epochs leave half of the drop
         self._variance = (0.5 * self._mean) ** 2 if longer > 1 else 0.01
 

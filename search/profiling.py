@@ -32,7 +32,9 @@ __all__ = ["measure_sites", "methods_of"]
 STATISTICS_BYTES = 1 << 30
 """Of second moments held at a time; more layers take another pass over the calibration data. A group whose members'
 together are larger is not offered."""
-PROBE_ROWS = 256
+PROBE_ROWS, PROBE_BYTES = 256, 128 << 20
+"""Samples that a probe answers, and the most that these answers may take: maps are large."""
+PROBE_BATCH = 64
 PROBE_S = 60.0
 """About how long the measuring of effects may take."""
 
@@ -235,8 +237,12 @@ class _Probe:
     def __init__(self, bench: Bench, start: nn.Module) -> None:
         self.bench = bench
         self.network = copy.deepcopy(start).eval()
-        began = time.perf_counter()
         self.inputs = tuple(torch.cat(xs)[:PROBE_ROWS] for xs in zip(*bench.calibration, strict=True))
+        least = bench.runtime.fixed_batch or 16
+        one = self._answered(bench.original, slice(0, least))
+        rows = max(least, PROBE_BYTES * len(one) // one.nbytes)
+        self.inputs = tuple(x[:rows] for x in self.inputs)
+        began = time.perf_counter()
         self.original = self._answers(bench.original)
         self.pass_s = time.perf_counter() - began
         self.base = self._loss(self.network)
@@ -261,9 +267,13 @@ class _Probe:
             self.base = self._loss(self.network)
 
     def _answers(self, network: nn.Module) -> Tensor:
+        step, rows = self.bench.runtime.fixed_batch or PROBE_BATCH, len(self.inputs[0])
+        return torch.cat([self._answered(network, slice(i, i + step)) for i in range(0, rows, step)])
+
+    def _answered(self, network: nn.Module, rows: slice) -> Tensor:
+        runtime, inputs = self.bench.runtime, tuple(x[rows] for x in self.inputs)
         with torch.no_grad():
-            runtime = self.bench.runtime
-            return forward(Quick(network.eval()), self.inputs, runtime.fixed_batch, runtime.answer).float()
+            return forward(Quick(network.eval()), inputs, runtime.fixed_batch, runtime.answer).float()
 
     def _loss(self, network: nn.Module) -> float:
         """KL from the original's answers in nats, or the relative squared error."""

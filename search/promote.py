@@ -7,6 +7,7 @@ times the hypervolume it would add to the confirmed ones is largest; it does not
 from collections.abc import Collection, Sequence
 
 from search.front import improvement, is_cheaper, measured, ratios
+from search.pace import short_epochs
 from search.predict import Prediction, Predictor
 from search.spec import JobSpec, Profile, Rung, TrialRecord, TrialState, TrialWork
 
@@ -23,7 +24,7 @@ _LEAST_GAIN = 1e-3
 
 
 def has_short_rung(spec: JobSpec) -> bool:
-    return spec.fine_tune.epochs > 0 and spec.fine_tune.short_epochs > 0
+    return spec.fine_tune.trains and spec.fine_tune.short_epochs != 0
 
 
 def next_promotions(
@@ -70,6 +71,7 @@ def next_promotions(
                 params=record.params,
                 plan=record.plan,
                 rung=Rung.SHORT,
+                epochs=short_epochs(spec, profile),
             )
         )
     return works

@@ -1,14 +1,14 @@
 """Load an exported network where there is no Tenfold, and measure it again.
 
-    python -I reload.py DIR            every model.pt2 and model.onnx in DIR, against DIR/check.npz
+    python -I reload.py DIR            every model*.pt2 and model*.onnx in DIR, against DIR/check.npz
     python -I reload.py DIR/model.pt2  that one
 
 Prints one JSON object: ``{"model.pt2": {"value", "expected_value", "max_difference", "samples", "latency_ms", …}}``.
 Needs numpy, and torch or onnxruntime for the file at hand; imports nothing of ours, and is handed out with the files.
 
-``check.npz`` holds ``input_0`` … (samples first), ``expected`` (what the network answered when it was exported),
-``targets`` or ``reference`` (the labels, or the original's answers) and ``facts``, a JSON text. Of several outputs the
-first counts, or the last where ``facts`` says so.
+``check.npz`` holds ``input_0`` … (samples first), ``expected`` (what the network answered when it was exported; of
+``model-int8.pt2`` it is ``expected_int8``), ``targets`` or ``reference`` (the labels, or the original's answers) and
+``facts``, a JSON text. Of several outputs the first counts, or the last where ``facts`` says so.
 """
 
 import json
@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
         print("usage: python -I reload.py DIR | FILE", file=sys.stderr)  # noqa: T201
         return 2
     path = Path(arguments[0])
-    files = [path] if path.is_file() else [f for f in (path / "model.pt2", path / "model.onnx") if f.exists()]
+    files = [path] if path.is_file() else sorted([*path.glob("model*.pt2"), *path.glob("model*.onnx")])
     if not files:
-        print(f"{path} holds neither model.pt2 nor model.onnx", file=sys.stderr)  # noqa: T201
+        print(f"{path} holds no model*.pt2 and no model*.onnx", file=sys.stderr)  # noqa: T201
         return 2
     print(json.dumps({file.name: check(file, file.parent / "check.npz") for file in files}))  # noqa: T201
     return 0
@@ -45,7 +45,7 @@ def check(file: Path, samples: Path) -> dict[str, Any]:
     with np.load(samples, allow_pickle=False) as stored:
         facts = json.loads(str(stored["facts"]))
         inputs = [stored[f"input_{i}"] for i in range(facts["inputs"])]
-        expected = stored["expected"]
+        expected = stored["expected" + file.stem.removeprefix("model").replace("-", "_")]
         truth = stored["targets"] if "targets" in stored else stored["reference"]
     run = (_onnx if file.suffix == ".onnx" else _pt2)(file, -1 if facts["last"] else 0)
     answers = _in_batches(run, inputs, facts["batch"])

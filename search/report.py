@@ -56,6 +56,7 @@ def render(facts: Facts) -> str:
     sections = [
         _verdict(facts),
         _comparison(facts),
+        _storage(facts),
         _layers(facts["layers"]),
         _front(facts),
         _training(facts),
@@ -104,6 +105,24 @@ def _comparison(facts: Facts) -> str:
             rows.append((title, *shown, f"÷ {a / b:.2f}" if b else ""))
     body = [[escape(cell) for cell in row] for row in rows]
     return "<h2>Before and after</h2>" + _table(("", "original", "compressed", "ratio"), body)
+
+
+def _storage(facts: Facts) -> str:
+    """The same network with its weights in fewer bits."""
+    rows, metric = facts.get("storage"), facts["budget"]["metric"]
+    if not rows:
+        return ""
+    sizes = {file["filename"]: file["bytes"] for file in facts.get("files", [])}
+    body = []
+    for found in rows:
+        stem = "model" if found["weights"] == "float32" else f"model-{found['weights']}"
+        size = sizes.get(f"{stem}.onnx") or sizes.get(f"{stem}.pt2") or 0
+        value, drop = (found["verify_value"], found["verify_drop"])
+        shown = ("not finite", "") if value is None else (f"{value:.4f}", f"{drop:+.4f}")
+        body.append([found["weights"], f"{size:,}", *shown, "yes" if found["keeps_budget"] else "no"])
+    note = "<p>Smaller to send and to keep, not faster: the weights are widened to float32 whenever they are used.</p>"
+    heads = ("weights stored as", "bytes of the file", f"{metric}, verify split", "drop", "keeps the budget")
+    return "<h2>Fewer bits</h2>" + note + _table(heads, [[escape(cell) for cell in row] for row in body])
 
 
 def _layers(layers: Sequence[Facts]) -> str:

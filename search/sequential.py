@@ -172,8 +172,14 @@ class _Sequential:
             self.module.load_state_dict(groups["model"])
             self.start = groups["start"]
         else:
-            self.precision = self.runtime.precision or choose(
-                lambda m, xs: forward(m, xs, answer=self.runtime.answer), self.module, self.original, first, self.total
+            answer = self.runtime.answer
+            self.precision = (
+                self.runtime.precision
+                or (
+                    choose(lambda m, xs: forward(m, xs, answer=answer), self.module, self.original, first, self.total)[
+                        0
+                    ]
+                )
             )
             self.state = _State(self._evaluate()[1])
             if self.total >= REBUILDING_STEPS:

@@ -31,6 +31,7 @@ from search.spec import (
     Profile,
     Rung,
     SitePlan,
+    Storage,
     Task,
     TrialRecord,
     TrialResult,
@@ -38,17 +39,11 @@ from search.spec import (
     entry_of,
 )
 from search.surgery import dense_of
-from search.tune import Runtime
+from search.tune import Runtime, epoch_seconds
 from tenfold.layers import JointLayer
 
 __all__ = ["Session", "inspect_data", "inspect_model"]
 
-FORMAT_OF_FILE = {
-    "model.pt2": ExportFormat.PT2,
-    "model.onnx": ExportFormat.ONNX,
-    "model.safetensors": ExportFormat.SAFETENSORS,
-    "plan.json": ExportFormat.SAFETENSORS,
-}
 VERSIONS = ("tenfold-server", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "optuna")
 
 
@@ -138,6 +133,7 @@ class Session:
             groups=groups,
             seconds=time.monotonic() - began,
             notes=tuple(n for n in (bench.seen_before,) if n),
+            epoch_seconds=self._epoch_seconds(),
         )
 
     def trial(
@@ -157,6 +153,7 @@ class Session:
     def refine(
         self,
         record: TrialRecord,
+        epochs: float,
         profile: Profile,
         parent: Path | None,
         weights: Path | None,
@@ -171,6 +168,7 @@ class Session:
             params=record.params,
             plan=record.plan,
             rung=Rung.FULL,
+            epochs=epochs,
         )
         return self.trial(work, profile, parent, weights, checkpoint, out)
 
@@ -196,29 +194,44 @@ class Session:
         else:
             network, plan = read_weights(bench.original, weights)
         facts = self._facts(record, network, plan, front)
+        rounded = export.round_weights(network, bench.lifted, bench.spec.storage)
+        if rounded:
+            stored = [self._stored(storage, module) for storage, module in rounded.items()]
+            facts["storage"] = [self._stored("float32", network), *stored]
         bench.report("writing files", 0, 1)
-        files = export.export_all(network, bench.original, plan, bench.lifted, out, formats, facts)
+        files = export.export_all(network, bench.original, plan, bench.lifted, out, formats, facts, rounded)
         if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
-            files.append(self._write_check(network, out / "check.npz"))
+            files.append(self._write_check(network, rounded, out / "check.npz"))
             files.append(Path(shutil.copyfile(reload.__file__, out / "reload.py")))
         measured = {key: facts["after"][key] for key in ("verify_value", "latency_ms")}
         return [
             {
-                "format": FORMAT_OF_FILE.get(file.name, ExportFormat.REPORT).value,
+                "format": _format(file).value,
                 "filename": file.name,
-                "facts": measured,
+                "facts": {} if file.stem.startswith("model-") else measured,
             }
             for file in files
         ]
 
     # ------------------------------------------------------------------------------------------------ pieces
 
+    def _epoch_seconds(self) -> float:
+        bench = self.bench
+        if not bench.spec.fine_tune.trains:
+            return 0.0
+        bench.report("timing a step of training", 0, 1)
+        return epoch_seconds(bench.original, bench.data, bench.spec.fine_tune, bench.runtime)
+
     def _layer_table(self) -> tuple[LayerInfo, ...]:
         if self._layers is None:
             self._layers = layer_table(self.bench.lifted)
         return self._layers
 
-    def _write_check(self, network: nn.Module, path: Path) -> Path:
+    def _stored(self, storage: str, module: nn.Module) -> dict[str, Any]:
+        found = trial.verified(self.bench, module)
+        return {"weights": storage, **{k: found.get(k) for k in ("verify_value", "verify_drop", "keeps_budget")}}
+
+    def _write_check(self, network: nn.Module, rounded: Mapping[Storage, nn.Module], path: Path) -> Path:
         bench = self.bench
         return export.write_check(
             network,
@@ -226,6 +239,7 @@ class Session:
             bench.metric,
             path,
             reference=bench.original if bench.relative else None,
+            rounded=rounded,
             fixed_batch=bench.runtime.fixed_batch,
             answer=bench.runtime.answer,
         )
@@ -297,6 +311,14 @@ class Session:
                 }
             )
         return facts
+
+
+def _format(file: Path) -> ExportFormat:
+    """Of a file of an export; the plan goes with the weights, whatever else there is with the report."""
+    suffix = file.suffix.removeprefix(".")
+    if suffix in ("pt2", "onnx", "safetensors"):
+        return ExportFormat(suffix)
+    return ExportFormat.SAFETENSORS if file.name == "plan.json" else ExportFormat.REPORT
 
 
 def _own_parameters(module: nn.Module, entry: SitePlan | None) -> int:

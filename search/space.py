@@ -71,7 +71,7 @@ def space_for(spec: JobSpec, ground: Ground) -> "GuidedSpace | FullSpace":
 
 
 def _recipe_knobs(spec: JobSpec) -> dict[str, BaseDistribution]:
-    return {LEARNING_RATE_SCALE: FloatDistribution(0.4, 2.5, log=True)} if spec.fine_tune.epochs > 0 else {}
+    return {LEARNING_RATE_SCALE: FloatDistribution(0.4, 2.5, log=True)} if spec.fine_tune.trains else {}
 
 
 def _macs_share(spec: JobSpec) -> float:

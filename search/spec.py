@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "DEFAULT_EPOCHS",
     "FRACTIONS",
     "IGNORED_CLASS",
     "LEARNING_RATE_SCALE",
@@ -52,6 +53,7 @@ __all__ = [
     "SitePlan",
     "Space",
     "SplitSizes",
+    "Storage",
     "Task",
     "TensorInfo",
     "Transform",
@@ -143,6 +145,13 @@ class ExportFormat(StrEnum):
     ONNX = "onnx"
     SAFETENSORS = "safetensors"
     REPORT = "report"
+
+
+class Storage(StrEnum):
+    """Of the weights in the files that are written beside the float32 ones."""
+
+    FLOAT16 = "float16"
+    INT8 = "int8"
 
 
 class Sampler(StrEnum):
@@ -297,16 +306,22 @@ class Layers(Value):
     the numbers and words in which their names differ. Else a name for each group, and glob patterns of its layers."""
 
 
-class FineTune(Value):
-    """The training recipe; 0 epochs means none."""
+DEFAULT_EPOCHS = 10.0
+"""Of the full rung, where neither epochs nor hours are given."""
 
-    epochs: Annotated[float, Field(ge=0, le=10_000)] = 10.0
-    """Epochs of the full rung (refining)."""
-    short_epochs: Annotated[float, Field(ge=0, le=1_000)] = 1.0
-    """Epochs of a promoted trial."""
+
+class FineTune(Value):
+    """The training recipe; 0 epochs means none. ``search.pace`` and ``search.recipe`` decide what is ``"auto"``."""
+
+    epochs: Literal["auto"] | Annotated[float, Field(ge=0, le=10_000)] = "auto"
+    """Epochs of the full rung (refining). auto: as many as ``search.hours`` leave time for, without them 10."""
+    short_epochs: Literal["auto"] | Annotated[float, Field(ge=0, le=1_000)] = "auto"
+    """Epochs of a promoted trial. auto: 1, or what ``search.hours`` leave time for."""
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=10)] = "auto"
+    """The schedule's peak. auto: by the optimizer, and higher for a longer training."""
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
+    """auto: ``adamw`` for networks with attention, recurrence or embeddings, ``sgd`` (Nesterov) for others."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     temperature: Annotated[float, Field(gt=0)] = 4.0
     distill: Annotated[float, Field(ge=0, le=1)] = 0.7
@@ -321,12 +336,19 @@ class FineTune(Value):
     heatmap_sigma: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Keypoints: standard deviation of the Gaussians that labels are drawn as, in the heatmap's pixels."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether candidates are trained at all."""
+        return self.epochs != 0
+
 
 class SearchSpec(Value):
     trials: Annotated[int, Field(ge=1, le=100_000)] = 30
     """Candidates tried over all stages (a promotion is the same candidate taken further)."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Wall-clock limit of the search (refining and exporting come after)."""
+    """Wall-clock time for the search and, where ``fine_tune.epochs`` is ``"auto"``, for refining.
+
+    With a fixed number of epochs, the search leaves time for one such training. What has begun is never cut off."""
     parallel: Annotated[int, Field(ge=1, le=256)] = 2
     sampler: Sampler = Sampler.TPE
     space: Space = Space.GUIDED
@@ -348,6 +370,8 @@ class JobSpec(Value):
     fine_tune: FineTune = FineTune()
     search: SearchSpec = SearchSpec()
     export: tuple[ExportFormat, ...] = tuple(ExportFormat)
+    storage: tuple[Storage, ...] = ()
+    """Also write ``.pt2`` and ``.onnx`` with weights rounded to these, each measured on the verify split by itself."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "JobSpec":
@@ -356,6 +380,12 @@ class JobSpec(Value):
                 raise ValueError(f"{name} is empty: name at least one of {[c.value for c in known]}")
             if len({*given}) < len(given):
                 raise ValueError(f"{name} names {[c.value for c in given]}: name each once")
+        if len({*self.storage}) < len(self.storage):
+            raise ValueError(f"storage names {[s.value for s in self.storage]}: name each once")
+        if self.storage and not {ExportFormat.PT2, ExportFormat.ONNX} & {*self.export}:
+            raise ValueError(
+                f"storage is of .pt2 and .onnx files: add pt2 or onnx to export {[f.value for f in self.export]}"
+            )
         return self
 
 
@@ -483,6 +513,8 @@ class Profile(Value):
     """Of layers together, each of which is one of ``sites`` too: an alternative to its members' own choices."""
     seconds: float
     notes: tuple[str, ...] = ()
+    epoch_seconds: float = 0.0
+    """Of training a network of the original's size, from a few timed steps; 0 where nothing trains."""
 
 
 class Rung(StrEnum):
@@ -586,11 +618,14 @@ class TrialWork(Value):
     params: dict[str, str | int | float | bool]
     plan: Plan
     rung: Rung
+    epochs: Annotated[float, Field(ge=0)] = 0.0
+    """To train for at this rung."""
 
 
 class RefineWork(Value):
     kind: Literal["refine"] = "refine"
     number: int
+    epochs: Annotated[float, Field(ge=0)]
 
 
 class ExportWork(Value):

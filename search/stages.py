@@ -11,10 +11,11 @@ from collections.abc import Collection, Sequence
 
 from search.finish import finish, without_checks
 from search.front import is_cheaper, measured, size
+from search.pace import out_of_time
 from search.predict import Predictor
 from search.promote import has_short_rung, next_promotions
 from search.spec import AskedWork, Finished, JobSpec, Profile, ProfileWork, Rung, TrialRecord, TrialState, TrialWork
-from search.stop import out_of_time, reason_to_stop
+from search.stop import reason_to_stop
 from search.study import ground_for, next_trials
 
 __all__ = ["next_work"]
@@ -70,7 +71,7 @@ def next_work(
         return []
     if onward is not None:
         return [] if running else [onward]
-    return list(finish(spec, profile, history, running=running, k=k, exported=exported))
+    return list(finish(spec, profile, history, running=running, k=k, elapsed_hours=elapsed_hours, exported=exported))
 
 
 def _settled(history: Sequence[TrialRecord], running: int) -> list[TrialRecord]:
@@ -93,7 +94,7 @@ def _search(
     """Promotions first, for they teach what the budget allows; then new candidates for the places left."""
     left = _quota(spec, profile.stage, history, goes_on) - sum(r.stage == profile.stage for r in history)
     asking = left > 0 and reason_to_stop(spec, profile, history, elapsed_hours) is None
-    if not asking and out_of_time(spec, elapsed_hours):
+    if not asking and out_of_time(spec, profile, elapsed_hours):
         return []
     works = next_promotions(spec, profile, history, k, complete=not asking, refined=refined)
     if asking:
@@ -125,7 +126,7 @@ def _next_stage(
 ) -> ProfileWork | None:
     """The profile to measure next, if another stage can follow this one."""
     stage = profile.stage + 1
-    if stage >= _stages(spec) or stage in failed_profiles or out_of_time(spec, elapsed_hours):
+    if stage >= _stages(spec) or stage in failed_profiles or out_of_time(spec, profile, elapsed_hours):
         return None
     share = _quota(spec, profile.stage, history, True)
     used = sum(r.stage == profile.stage for r in history)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from search.front import dominates, hypervolume, is_cheaper, measured, ratios
+from search.pace import out_of_time
 from search.predict import Predictor
 from search.spec import JobSpec, Profile, TrialRecord, TrialState
 
-__all__ = ["out_of_time", "patience", "reason_to_stop"]
+__all__ = ["patience", "reason_to_stop"]
 
 _LIVE = (TrialState.QUEUED, TrialState.RUNNING)
 _FAILURES = 6
@@ -20,14 +21,10 @@ def patience(spec: JobSpec) -> int:
     return 10 + -(-spec.search.trials // 2)
 
 
-def out_of_time(spec: JobSpec, elapsed_hours: float) -> bool:
-    return spec.search.hours is not None and elapsed_hours >= spec.search.hours
-
-
 def reason_to_stop(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], elapsed_hours: float) -> str | None:
     """A sentence when no new candidate of ``profile``'s stage should be tried; None to go on."""
-    if out_of_time(spec, elapsed_hours):
-        return f"the {spec.search.hours:g} hours of the search are used up"
+    if out_of_time(spec, profile, elapsed_hours):
+        return f"the search's part of the {spec.search.hours:g} hours is used up"
     stage = [r for r in sorted(history, key=lambda r: r.number) if r.stage == profile.stage]
     ended = [r for r in stage if measured(r) is not None or r.state not in _LIVE]
     latest = ended[-_FAILURES:]

@@ -15,6 +15,7 @@ from search.baseline import allowed_drop
 from search.bench import Bench, Report, read_weights
 from search.export import save_weights
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
+from search.recipe import peak_rate
 from search.reconstruct import recalibrate_batch_norm, reconstruct
 from search.sequential import train_blocks
 from search.spec import (
@@ -33,7 +34,7 @@ from search.spec import (
 from search.surgery import dense_of
 from search.tune import Tuned, fine_tune
 
-__all__ = ["build", "measure_latency", "run"]
+__all__ = ["build", "measure_latency", "run", "verified"]
 
 Save = Callable[[Path], None]
 
@@ -175,12 +176,16 @@ def _train(
     found: _Findings,
 ) -> None:
     recipe = bench.spec.fine_tune
-    scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
-    rates = ("learning_rate", "sequential_learning_rate")
-    recipe = recipe.model_copy(update={rate: scale * getattr(recipe, rate) for rate in rates})
-    epochs = {Rung.CHEAP: 0.0, Rung.SHORT: recipe.short_epochs, Rung.FULL: recipe.epochs}[work.rung]
+    epochs = work.epochs
     if epochs == 0:
         return
+    scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
+    recipe = recipe.model_copy(
+        update={
+            "learning_rate": scale * peak_rate(recipe, bench.original, epochs),
+            "sequential_learning_rate": scale * recipe.sequential_learning_rate,
+        }
+    )
     how = _How(
         seed=_seed(bench.spec.search.seed, work.number, work.rung),
         metric=bench.metric,
@@ -228,7 +233,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
     checked: dict[str, object] = {}
     if work.rung is Rung.FULL and value is not None and network is not None:
         bench.report("checking on the verify split", 0, 1)
-        checked = _verified(bench, network)
+        checked = verified(bench, network)
     return TrialResult(
         rung=work.rung,
         outcome=found.outcome,
@@ -244,7 +249,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
     )
 
 
-def _verified(bench: Bench, network: nn.Module) -> dict[str, object]:
+def verified(bench: Bench, network: nn.Module) -> dict[str, object]:
     """The check on data that nothing was chosen on."""
     original, seen = bench.on_verify, bench.verify(network)
     if not seen.finite:

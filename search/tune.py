@@ -23,9 +23,10 @@ from search.latency import pause_while_measuring
 from search.metrics import Batch, Evaluation, Samples, evaluate, forward, higher_is_better
 from search.precision import Precision, choose
 from search.rebuilding import chained, quicker_rebuilt, rebuild
+from search.recipe import optimizer_of, peak_rate
 from search.spec import EpochRecord, FineTune, Metric, Outcome, Task
 
-__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "fine_tune", "learning_rate", "stream"]
+__all__ = ["Clock", "Runtime", "TrainingData", "Tuned", "epoch_seconds", "fine_tune", "learning_rate", "stream"]
 
 Report = Callable[[str, float, float], None]
 
@@ -156,6 +157,24 @@ def fine_tune(
     return Tuned(curve, outcome, run.done, run.precision, (*run.state.notes, *notes))
 
 
+def epoch_seconds(original: nn.Module, data: TrainingData, recipe: FineTune, runtime: Runtime) -> float:
+    """Of training a network of the original's size beside it, from a few timed steps.
+
+    Factorized ones take about as long, for layers that would be slower train through their dense weight.
+    """
+    batch = runtime.fixed_batch or min(recipe.batch_size, len(data.train))
+    steps = max(1, len(data.train) // batch)
+    inputs = tuple(x.to(runtime.device) for x in next(stream(data.train, batch, 0, 0))[0])
+    original.to(runtime.device)
+    try:
+        _, seconds = choose(
+            lambda m, xs: forward(m, xs, runtime.fixed_batch, runtime.answer), original, original, inputs, steps
+        )
+    finally:
+        original.to("cpu")
+    return steps * seconds
+
+
 def learning_rate(step: int, total: int, peak: float) -> float:
     """One cycle: linear from a tenth of the peak over the first 15 % of the steps, then a cosine to a hundredth."""
     warm = max(1, round(WARM_UP * total))
@@ -194,7 +213,7 @@ class _Training:
     ) -> None:
         self.module, self.original, self.data, self.recipe = module, original, data, recipe
         self.seed, self.metric, self.runtime, self.reference, self.keep = seed, metric, runtime, reference, keep
-        self.epochs = epochs
+        self.epochs, self.peak = epochs, peak_rate(recipe, original, epochs)
         size = len(data.train)
         self.batch = runtime.fixed_batch or min(recipe.batch_size, size)
         self.per_epoch = max(1, size // self.batch)
@@ -214,7 +233,7 @@ class _Training:
         torch.manual_seed(self.seed)
         self.module.to(self.runtime.device)
         self.original.to(self.runtime.device).eval()
-        self.optimizer = _optimizer(self.module, self.recipe)
+        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original), self.peak)
         inputs, _ = self._to_device(next(stream(self.data.train, self.batch, self.seed, 0)))
         with torch.no_grad():
             teacher = self._answer(self.original, inputs).float()
@@ -237,7 +256,9 @@ class _Training:
         return tuple(notes)
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self.precision = self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)
+        self.precision = (
+            self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)[0]
+        )
         if self.total >= REBUILDING_STEPS:
             self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._run(m, inputs), self.precision)
         torch.manual_seed(self.seed)
@@ -311,7 +332,7 @@ class _Training:
     def _step(self, batch: Batch) -> bool:
         """One update; False when it showed divergence (the weights are then not changed)."""
         inputs, labels = batch
-        rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.recipe.learning_rate)
+        rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
@@ -348,7 +369,7 @@ class _Training:
     def _recover(self) -> None:
         self.module.load_state_dict(self.best)
         self.average = _copy(self.best) if self.recipe.ema else {}
-        self.optimizer = _optimizer(self.module, self.recipe)
+        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original), self.peak)
         self.state.recoveries += 1
         self.state.rate_scale *= 0.25
         self.state.smoothed = None
@@ -451,7 +472,9 @@ class Clock:
         return f"{pace * (self.total - step):.0f} s left"
 
 
-def _optimizer(module: nn.Module, recipe: FineTune) -> torch.optim.Optimizer:
+def _optimizer(
+    module: nn.Module, recipe: FineTune, kind: Literal["sgd", "adamw"], peak: float
+) -> torch.optim.Optimizer:
     """Biases and norms (one axis) are not decayed."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -459,9 +482,9 @@ def _optimizer(module: nn.Module, recipe: FineTune) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=peak)
+    return torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

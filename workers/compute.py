@@ -6,10 +6,10 @@ statistics are read once. Each operation is a thin shell around ``search.session
 files are named relative to the scratch folder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from search.spec import DataSpec, JobSpec, Profile, TrialRecord, TrialResult, TrialWork
+from search.spec import DataSpec, JobSpec, Profile, RefineWork, TrialRecord, TrialResult, TrialWork
 from workers.serve import Context, Operation, serve
 
 __all__ = ["OPERATIONS"]
@@ -61,12 +61,12 @@ def profile(arguments: Arguments, context: Context) -> Any:
 
 def trial(arguments: Arguments, context: Context) -> Any:
     work = TrialWork.model_validate(arguments["work"])
-    return _measured(context.session.trial, work, arguments, context)
+    return _measured(lambda *given: context.session.trial(work, *given), arguments, context)
 
 
 def refine(arguments: Arguments, context: Context) -> Any:
-    record = TrialRecord.model_validate(arguments["record"])
-    return _measured(context.session.refine, record, arguments, context)
+    record, work = TrialRecord.model_validate(arguments["record"]), RefineWork.model_validate(arguments["work"])
+    return _measured(lambda *given: context.session.refine(record, work.epochs, *given), arguments, context)
 
 
 def export(arguments: Arguments, context: Context) -> Any:
@@ -80,10 +80,9 @@ def export(arguments: Arguments, context: Context) -> Any:
     )
 
 
-def _measured(run: Any, what: TrialWork | TrialRecord, arguments: Arguments, context: Context) -> Any:
+def _measured(run: Callable[..., TrialResult], arguments: Arguments, context: Context) -> Any:
     out = context.folder(arguments["out"])
-    result: TrialResult = run(
-        what,
+    result = run(
         Profile.model_validate(arguments["profile"]),
         context.perhaps(arguments["parent"]),
         context.perhaps(arguments["weights"]),

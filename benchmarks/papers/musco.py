@@ -143,9 +143,9 @@ def _steps(
         last = step == len(weakenings) - 1
         rung = Rung.FULL if last else Rung.SHORT
         plan = analytic(ground_of(session.bench.spec, profile, plan), METHODS, w)
-        work = TrialWork(number=step, stage=step, parent=None, params={}, plan=plan, rung=rung)
+        work = TrialWork(number=step, stage=step, parent=None, params={}, plan=plan, rung=rung, epochs=each)
         if first is None:
-            cheap = work.model_copy(update={"rung": Rung.CHEAP})
+            cheap = work.model_copy(update={"rung": Rung.CHEAP, "epochs": 0.0})
             first = session.trial(cheap, profile, parent, None, None, scratch / "cheap")
         out = scratch / str(step)
         result = session.trial(work, profile, parent, None, None, out)

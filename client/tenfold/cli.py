@@ -73,8 +73,13 @@ Metric = Annotated[
 ]
 Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, bytes, latency; may be repeated.")]
 Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
-Epochs = Annotated[float | None, typer.Option(help="Epochs of the final fine-tuning.")]
-Hours = Annotated[float | None, typer.Option(help="Wall-clock limit of the search.")]
+Storage = Annotated[
+    list[str] | None, typer.Option(help="float16, int8: also files with weights in fewer bits; may be repeated.")
+]
+Epochs = Annotated[
+    float | None, typer.Option(help="Epochs of the final fine-tuning (default: what --hours leave time for, else 10).")
+]
+Hours = Annotated[float | None, typer.Option(help="Wall-clock time for search and fine-tuning.")]
 Architecture = Annotated[
     str | None, typer.Option(help='Of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}')
 ]
@@ -91,6 +96,7 @@ def _options(
     trials: int | None,
     epochs: float | None,
     hours: float | None,
+    storage: list[str] | None,
     architecture: str | None,
     data_spec: str,
 ) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def _options(
         "min_value": min_value,
         "metric": metric,
         "minimize": minimize or ["parameters"],
+        "storage": storage or [],
         "search": search,
         "fine_tune": {} if epochs is None else {"epochs": epochs},
         "architecture": _architecture(architecture),
@@ -133,12 +140,13 @@ def submit(
     trials: Trials = None,
     epochs: Epochs = None,
     hours: Hours = None,
+    storage: Storage = None,
     architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload and start a search; returns at once."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, architecture, data_spec)
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, storage, architecture, data_spec)
     with _client() as client:
         job = _submit(model, data, options, client)
         _print(as_json, job.data, lambda: out.print(f"{job.id}\nfollow it: tenfold watch {job.id}", highlight=False))
@@ -156,12 +164,13 @@ def compress(
     trials: Trials = None,
     epochs: Epochs = None,
     hours: Hours = None,
+    storage: Storage = None,
     architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload, search, watch and download, in one go."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, architecture, data_spec)
+    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, storage, architecture, data_spec)
     with _client() as client:
         job = watch(_submit(model, data, options, client), console=err)
         _finish(job, to, as_json)

@@ -108,8 +108,8 @@ class Operations(Generic[J, M, D, A]):
                 ``miou``, ``pixel_accuracy``, ``pck``); None: the task's first.
             minimize: any of ``parameters``, ``macs``, ``bytes``, ``latency``; the first counts most.
             architecture: ``{"name": …, "options": {…}}``, of those that the service knows.
-            spec: other fields of the job: ``methods``, ``layers``, ``fine_tune``, ``search``, ``export``, and
-                ``budget`` for its ``confidence`` and ``expect``.
+            spec: other fields of the job: ``methods``, ``layers``, ``fine_tune``, ``search``, ``export``, ``storage``,
+                and ``budget`` for its ``confidence`` and ``expect``.
 
         Raises:
             Rejected: the model or the data was read and refused; the text says why and what to do.

@@ -259,7 +259,7 @@ class JobOperations(Resource, Generic[ArtifactT]):
     def load(self, folder: str | Path, *, trial: int | None = None) -> Steps[torch.nn.Module]:
         """Download ``model.pt2`` of the best network, or of ``trial``, and load it as a module. Needs torch."""
         for artifact in (yield from self._artifacts(self._chosen(trial))):
-            if artifact["format"] == "pt2":
+            if artifact["filename"] == "model.pt2":
                 path = yield from ArtifactOperations.download.steps(artifact, folder)
                 return (yield from call(partial(load_network, path)))
         raise JobFailed("no_artifact", f"job {self.id} has no model.pt2; ask for it with export=['pt2']")

@@ -1,4 +1,5 @@
-"""A zip or tar of class folders: ``[train|val|test/]class/image``, labels in the alphabetical order of the classes."""
+"""A zip or tar of class folders: ``[train|val|test/]class/image``, labels in the alphabetical order of the classes;
+of images with masks, see ``masks``."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -8,6 +9,7 @@ import numpy as np
 
 from search.data.archives import list_files, read_files
 from search.data.images import Encoded, decode, is_image_name
+from search.data.masks import read_masks
 from search.data.raw import Raw, Rows
 from search.errors import BadData
 from search.spec import DataSpec, Task
@@ -37,6 +39,8 @@ def read_folders(path: Path, spec: DataSpec, scratch: Path) -> Raw:
             f"the archive holds {len(names)} files and no image among them (PNG, JPEG, WebP, BMP, GIF); "
             "pack folders of images, one for each class.",
         )
+    if spec.task is Task.SEGMENTATION:
+        return read_masks(path, images, SPLIT_FOLDERS, spec, scratch)
     if spec.task not in (Task.CLASSIFICATION, Task.FIDELITY):
         raise BadData(
             "labels_missing",

@@ -18,7 +18,7 @@ from search.data.safety import check_room
 from search.errors import BadData
 from search.spec import Transform
 
-__all__ = ["Encoded", "decode", "is_image_name"]
+__all__ = ["Encoded", "decode", "is_image_name", "opened", "sizes_differ"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -49,7 +49,7 @@ def decode(splits: dict[str, Files], transform: Transform, scratch: Path) -> dic
     sizes = {survey.size: survey.first for survey in seen.values()}
     if transform.size is None and len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
-        raise _sizes_differ(first, one, second, other)
+        raise sizes_differ(first, one, second, other)
     height, width = transform.size or next(iter(sizes))
     grey = all(survey.grey for survey in seen.values()) and len(transform.mean) != 3
     shape = (height, width, 1 if grey else 3)
@@ -77,18 +77,18 @@ class _Survey:
 def _survey(files: Iterable[Encoded], *, resized: bool) -> _Survey:
     count, grey, size, first = 0, True, (0, 0), ""
     for name, content in files:
-        with _opened(name, content) as image:
+        with opened(name, content) as image:
             width, height = image.size
             grey = grey and image.mode in GREY
         if count == 0:
             size, first = (height, width), name
         elif not resized and size != (height, width):
-            raise _sizes_differ(first, size, name, (height, width))
+            raise sizes_differ(first, size, name, (height, width))
         count += 1
     return _Survey(count, size, first, grey)
 
 
-def _sizes_differ(first: str, one: Sequence[int], second: str, other: Sequence[int]) -> BadData:
+def sizes_differ(first: str, one: Sequence[int], second: str, other: Sequence[int]) -> BadData:
     return BadData(
         "image_sizes_differ",
         f"{first} is {one[0]}×{one[1]} and {second} is {other[0]}×{other[1]} pixels (height×width); "
@@ -96,7 +96,7 @@ def _sizes_differ(first: str, one: Sequence[int], second: str, other: Sequence[i
     )
 
 
-def _opened(name: str, content: bytes) -> Image.Image:
+def opened(name: str, content: bytes) -> Image.Image:
     """The image, its header read and its declared size within bounds; nothing decoded yet."""
     try:
         with warnings.catch_warnings():
@@ -122,7 +122,7 @@ def _too_large(name: str, what: str) -> BadData:
 def _pixels(encoded: Encoded, height: int, width: int, grey: bool) -> Array:
     """``(height, width, channels)`` bytes of one image."""
     name, content = encoded
-    with _opened(name, content) as image:
+    with opened(name, content) as image:
         try:
             converted = image.convert("L" if grey else "RGB")
         except (OSError, ValueError, SyntaxError, OverflowError, EOFError, IndexError) as error:

@@ -233,7 +233,7 @@ class Workers:
             assert tasks.complete_profile(s, task.id, task.attempt, profile())
 
     def trial(self, job: str, number: int, rung: Rung = Rung.CHEAP) -> None:
-        self.ask(job, RefineWork(number=number) if rung is Rung.FULL else work(number, rung))
+        self.ask(job, RefineWork(number=number, epochs=10) if rung is Rung.FULL else work(number, rung))
         task = self._claim(job)
         assert task is not None
         blob = blobs.write(self.db, [f"weights of {number} {rung}".encode()])

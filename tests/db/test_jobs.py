@@ -67,7 +67,7 @@ def test_the_whole_life_of_a_job(house):
     house.run_trial(job_id, house.result(drop=0.3), b"weights 0")
     house.run_trial(job_id, house.result(drop=0.004), b"weights 1")
 
-    house.apply(job_id, [RefineWork(number=1)])
+    house.apply(job_id, [RefineWork(number=1, epochs=10)])
     assert house.job(job_id).state is JobState.REFINING
     with house.db.read() as s:
         assert s.get(Trial, (job_id, 1)).rung is Rung.FULL
@@ -101,7 +101,7 @@ def test_the_whole_life_of_a_job(house):
         "Trial 0 (cheap): value 0.6, drop 0.3, 50 parameters.",
         "Trial 1 (cheap): value 0.896, drop 0.004, 50 parameters.",
         "Trial 1 goes on to its full rung.",
-        "Refining trial 1 and checking it on unseen data.",
+        "Refining trial 1: training it for 10 epochs and checking it on unseen data.",
         "Trial 1 (full): value 0.899, drop 0.001, 50 parameters; on unseen data it keeps the budget.",
         "Writing the files of trial 1 and loading them again.",
         "Trial 1 is exported: model.pt2, report.html.",
@@ -177,7 +177,7 @@ def test_best_falls_back_when_the_best_fails_on_unseen_data(house):
     job_id = house.searching_job(trials=2)
     house.run_trial(job_id, house.result(drop=0.005, parameters=40))
     house.run_trial(job_id, house.result(drop=0.005, parameters=50))
-    house.apply(job_id, [RefineWork(number=0)])
+    house.apply(job_id, [RefineWork(number=0, epochs=10)])
     house.run_trial(job_id, house.result(Rung.FULL, drop=0.005, parameters=40, keeps_budget=False))
     assert house.job(job_id).best == 1
 

@@ -158,7 +158,7 @@ def test_a_failed_profile_of_a_later_stage_leaves_the_job_with_what_it_has(house
 def test_a_failed_refinement_fails_its_trial_only(house):
     job_id = house.searching_job(trials=1)
     house.run_trial(job_id, house.result())
-    house.apply(job_id, [RefineWork(number=0)])
+    house.apply(job_id, [RefineWork(number=0, epochs=10)])
     task = house.claim()
     assert task.kind is TaskKind.REFINE
     with house.db.begin() as s:

@@ -234,7 +234,7 @@ def test_the_standalone_metrics_agree_with_hand_counts(
 
 def test_a_folder_without_models_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reload.main([str(tmp_path)]) == 2
-    assert "neither" in capsys.readouterr().err
+    assert "holds no model*.pt2" in capsys.readouterr().err
 
 
 def test_the_report_holds_every_figure_and_no_script(exported: Exported) -> None:

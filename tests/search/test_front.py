@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.simulator import Surface
 from search.front import front, hypervolume, improvement, measured
+from search.pace import planned_epochs
 from search.predict import Predictor
 from search.spec import (
     Budget,
@@ -111,8 +112,15 @@ def test_promoted_trials_sharpen_the_predictions() -> None:
     profile = surface.profile(0)
     history: list[TrialRecord] = []
     for work in next_trials(SPEC, profile, [], 10):
-        results = {rung: surface.result(SPEC, work.plan, rung, work.params) for rung in (Rung.CHEAP, Rung.SHORT)}
-        values = work.model_dump(exclude={"kind"}) | {"state": TrialState.DONE, "rung": Rung.SHORT, "results": results}
+        results = {
+            rung: surface.result(SPEC, work.plan, rung, work.params, epochs)
+            for rung, epochs in ((Rung.CHEAP, 0), (Rung.SHORT, 1))
+        }
+        values = work.model_dump(exclude={"kind", "epochs"}) | {
+            "state": TrialState.DONE,
+            "rung": Rung.SHORT,
+            "results": results,
+        }
         history.append(TrialRecord.model_validate(values))
     cheap = [r.model_copy(update={"results": {Rung.CHEAP: r.results[Rung.CHEAP]}, "rung": Rung.CHEAP}) for r in history]
 
@@ -122,7 +130,7 @@ def test_promoted_trials_sharpen_the_predictions() -> None:
         for r in asked:
             final = predictor.final(r)
             assert final is not None
-            total += abs(final.mean - surface.drop(r.plan, SPEC.fine_tune.epochs))
+            total += abs(final.mean - surface.drop(r.plan, planned_epochs(SPEC, profile)))
         return total
 
     near = [r for r in cheap[6:] if (r.results[Rung.CHEAP].drop or 0.0) < 0.3]  # where the budget decides

@@ -119,7 +119,8 @@ def job(uploads: Uploads, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def work(plan: Plan, rung: Rung, stage: int = 0, parent: int | None = None) -> TrialWork:
-    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung)
+    epochs = 0 if rung is Rung.CHEAP else 1
+    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung, epochs=epochs)
 
 
 def joint_plan(job: Job, method: str, share: float) -> Plan:

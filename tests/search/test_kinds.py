@@ -77,7 +77,7 @@ def smaller(session: Session, folder: Path, fraction: float, sites: set[str]) ->
         if choice.site in sites and choice.site not in plan:
             curve = choice.curves["svd"]
             plan[choice.site] = SitePlan(method="svd", ranks=curve[len(curve) // 2].ranks)
-    work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT)
+    work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT, epochs=1)
     result = session.trial(work, profile, None, None, None, folder / "trial")
     predicted = [profile.costs.parameters, profile.costs.macs]
     for site in profile.sites:

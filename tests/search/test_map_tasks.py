@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from search import reload
+from search import profiling, reload
 from search.allocate import allocate
 from search.errors import BadBaseline, BadData
 from search.heatmaps import gaussians
@@ -160,7 +160,8 @@ def keypoints(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def work(plan: Plan, rung: Rung) -> TrialWork:
-    return TrialWork(number=3, stage=0, parent=None, params={}, plan=plan, rung=rung)
+    epochs = {Rung.CHEAP: 0, Rung.SHORT: 2, Rung.FULL: 3}[rung]
+    return TrialWork(number=3, stage=0, parent=None, params={}, plan=plan, rung=rung, epochs=epochs)
 
 
 def record(plan: Plan, *results: TrialResult) -> TrialRecord:
@@ -190,7 +191,7 @@ def test_a_job_goes_from_the_profile_to_files_that_measure_the_same(
     assert cheap.outcome is Outcome.OK
     assert cheap.value is not None
     assert cheap.costs.parameters <= 0.5 * profile.costs.parameters
-    full = session.refine(record(plan, cheap), profile, None, weights, None, tmp_path / "full")
+    full = session.refine(record(plan, cheap), 3, profile, None, weights, None, tmp_path / "full")
     assert full.value is not None
     assert full.value >= cheap.value
     assert full.verify_drop is not None
@@ -245,3 +246,13 @@ def test_maps_of_another_size_are_refused_on_opening(segmentation: Job, tmp_path
     np.savez(tmp_path / "half.npz", x=x, y=y[:, ::2, ::2])
     with pytest.raises(BadData, match="upsample in the network"):
         Session(segmentation.model, tmp_path / "half.npz", data_spec=SHAPES, spec=JOB, scratch=tmp_path)
+
+
+def test_large_maps_are_probed_with_fewer_samples(segmentation: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of a probe stay within what they may take, whatever their size: here 20 maps of 12 KiB."""
+    bench = segmentation.session.bench
+    every = profiling._Probe(bench, bench.original)
+    monkeypatch.setattr(profiling, "PROBE_BYTES", 20 * 3 * SIDE * SIDE * 4)
+    few = profiling._Probe(bench, bench.original)
+    assert (len(every.original), len(few.original)) == (len(every.inputs[0]), 20)
+    torch.testing.assert_close(few.original, every.original[:20])

@@ -28,6 +28,7 @@ from search.spec import (
     Rung,
     SearchSpec,
     SitePlan,
+    Storage,
     Task,
     Transform,
     TrialRecord,
@@ -107,7 +108,8 @@ def job(uploads: Uploads, tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 
 def work(plan: Plan, rung: Rung, stage: int = 0, parent: int | None = None) -> TrialWork:
-    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung)
+    epochs = {Rung.CHEAP: 0, Rung.SHORT: 1, Rung.FULL: 3}[rung]
+    return TrialWork(number=3, stage=stage, parent=parent, params={}, plan=plan, rung=rung, epochs=epochs)
 
 
 def record(plan: Plan, *results: TrialResult, stage: int = 0) -> TrialRecord:
@@ -180,7 +182,13 @@ def test_rungs_build_on_each_other_and_the_last_checks_the_budget(job: Opened, t
     assert short.value is not None
     assert short.value >= cheap.value
     full = session.refine(
-        record(plan, cheap, short), profile, None, tmp_path / "short" / "weights.safetensors", None, tmp_path / "full"
+        record(plan, cheap, short),
+        3,
+        profile,
+        None,
+        tmp_path / "short" / "weights.safetensors",
+        None,
+        tmp_path / "full",
     )
     assert full.rung is Rung.FULL
     assert [r.epoch for r in full.curve] == [1, 2, 3]
@@ -212,11 +220,11 @@ def test_a_candidate_trains_at_its_own_learning_rate(job: Opened, tmp_path: Path
 def test_a_share_of_a_rungs_epochs_is_spent_block_by_block(
     uploads: Uploads, job: Opened, tmp_path: Path, share: float
 ) -> None:
-    recipe = JOB.fine_tune.model_copy(update={"sequential": share, "epochs": 2.0})
+    recipe = JOB.fine_tune.model_copy(update={"sequential": share})
     session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"fine_tune": recipe}))
     plan = {"conv2": SitePlan(method="svd", ranks=(3,)), "fc1": SitePlan(method="svd", ranks=(3,))}
     cheap = session.trial(work(plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "cheap")
-    for rung, epochs in ((Rung.SHORT, 1), (Rung.FULL, 2)):
+    for rung, epochs in ((Rung.SHORT, 1), (Rung.FULL, 3)):
         result = session.trial(work(plan, rung), job.profile, None, None, None, tmp_path / rung)
         assert result.epochs == pytest.approx(epochs, abs=0.1)
         assert result.curve[-1].epoch == result.epochs
@@ -249,6 +257,26 @@ def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_pa
     assert {layer["name"] for layer in report["layers"] if layer["method"]} == set(job.plan)
     assert len(report["inputs"]["model sha256"]) == 64
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
+    """Also int8 of so small a network is near it; a clean process finds what the report says."""
+    session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"storage": tuple(Storage)}))
+    result = session.trial(work(job.plan, Rung.SHORT), job.profile, None, None, None, tmp_path / "t")
+    out = tmp_path / "out"
+    files = session.export(record(job.plan, result), tmp_path / "t" / "weights.safetensors", job.profile, out)
+    sizes = {f["filename"]: (out / f["filename"]).stat().st_size for f in files}
+    assert sizes["model-int8.onnx"] < sizes["model-float16.onnx"] < sizes["model.onnx"]
+    rows = json.loads((out / "report.json").read_text())["storage"]
+    assert [row["weights"] for row in rows] == ["float32", "float16", "int8"]
+    told = {row["weights"]: row for row in rows}
+    for storage in Storage:
+        for suffix in ("pt2", "onnx"):
+            found = reload.check(out / f"model-{storage}.{suffix}", out / "check.npz")
+            assert found["max_difference"] < 1e-4
+            assert found["value"] == pytest.approx(told[storage]["verify_value"], abs=0.005)
+        assert told[storage]["verify_value"] == pytest.approx(told["float32"]["verify_value"], abs=0.03)
+    assert "Fewer bits" in (out / "report.html").read_text()
 
 
 def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opened, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def test_the_budget_that_nothing_keeps_ends_with_advice_after_three_checks() -> 
     unlucky = {Rung.FULL}
     original = surface.result
 
-    def result(spec, plan, rung, params):  # type: ignore[no-untyped-def]
-        found = original(spec, plan, rung, params)
+    def result(spec, plan, rung, params, epochs):  # type: ignore[no-untyped-def]
+        found = original(spec, plan, rung, params, epochs)
         return found.model_copy(update={"keeps_budget": False, "verify_drop": 0.009}) if rung in unlucky else found
 
     surface.result = result  # type: ignore[method-assign]
@@ -122,8 +122,8 @@ def test_each_further_check_is_of_a_safer_candidate() -> None:
     surface = small(max_drop=0.005)
     original = surface.result
 
-    def result(spec, plan, rung, params):  # type: ignore[no-untyped-def]
-        found = original(spec, plan, rung, params)
+    def result(spec, plan, rung, params, epochs):  # type: ignore[no-untyped-def]
+        found = original(spec, plan, rung, params, epochs)
         short_of = {"keeps_budget": False, "verify_drop": (found.drop or 0) + 0.006}
         return found.model_copy(update=short_of) if rung is Rung.FULL else found
 
@@ -140,9 +140,9 @@ def test_a_growing_network_is_never_handed_back() -> None:
     dense = surface.profile(0).costs
     original = surface.result
 
-    def result(spec, plan, rung, params):  # type: ignore[no-untyped-def]
+    def result(spec, plan, rung, params, epochs):  # type: ignore[no-untyped-def]
         slow = surface.costs(plan).model_copy(update={"latency_ms": 2.0, "dense_latency_ms": 1.0})
-        return original(spec, plan, rung, params).model_copy(update={"costs": slow})
+        return original(spec, plan, rung, params, epochs).model_copy(update={"costs": slow})
 
     surface.result = result  # type: ignore[method-assign]
     spec = job().model_copy(update={"minimize": (Cost.PARAMETERS, Cost.LATENCY)})
@@ -328,8 +328,8 @@ def test_a_value_to_keep_is_another_drop_on_the_verify_split(
     def profiled(stage: int) -> Profile:
         return profile(stage).model_copy(update={"metric": metric, "value": select, "verify_value": verify})
 
-    def checked(spec, plan, rung, params):  # type: ignore[no-untyped-def]
-        found = result(spec, plan, rung, params)
+    def checked(spec, plan, rung, params, epochs):  # type: ignore[no-untyped-def]
+        found = result(spec, plan, rung, params, epochs)
         keeps = None if found.verify_drop is None else found.verify_drop <= allowed
         return found.model_copy(update={"keeps_budget": keeps})
 

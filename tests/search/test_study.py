@@ -43,8 +43,8 @@ def job(trials: int = 30, epochs: float = 0.0, **search: object) -> JobSpec:
 
 
 def record(work: TrialWork, surface: Surface, spec: JobSpec, **changes: object) -> TrialRecord:
-    result = surface.result(spec, work.plan, Rung.CHEAP, work.params)
-    values = work.model_dump(exclude={"kind"}) | {"state": TrialState.DONE, "results": {Rung.CHEAP: result}}
+    result = surface.result(spec, work.plan, Rung.CHEAP, work.params, epochs=0)
+    values = work.model_dump(exclude={"kind", "epochs"}) | {"state": TrialState.DONE, "results": {Rung.CHEAP: result}}
     return TrialRecord.model_validate(values | changes)
 
 
@@ -165,7 +165,7 @@ def test_500_trials_of_40_parameters_are_rebuilt_and_asked_within_a_second() -> 
     space = FullSpace(spec, ground_of(spec, surface.profile(0), None))
     assert len(space.distributions()) == 40
     plan = {"layer.0.conv": SitePlan(method="svd", ranks=(3,))}
-    result = surface.result(spec, plan, Rung.CHEAP, {})
+    result = surface.result(spec, plan, Rung.CHEAP, {}, epochs=0)
     history = [
         TrialRecord(
             number=n,

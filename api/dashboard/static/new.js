@@ -40,7 +40,9 @@ export async function newPage(main, signal) {
       field("max-drop", "May lose: points, or % of a loss", number("max-drop", { value: "0.5", min: "0", step: "any", required: true })),
       field("minimize", "Make small", select("minimize", [["parameters", "parameters"], ["macs", "multiply-accumulates"], ["bytes", "bytes"], ["latency", "measured latency"]])),
       field("trials", "Trials", number("trials", { value: "30", min: "1", step: "1" })),
-      field("epochs", "Epochs of fine-tuning", number("epochs", { value: "10", min: "0", step: "any" })))),
+      field("hours", "Hours that it may take", number("hours", { min: "0", step: "any", placeholder: "no limit" })),
+      field("epochs", "Epochs of fine-tuning", number("epochs", { min: "0", step: "any", placeholder: "by the hours, or 10" })),
+      field("storage", "Also store weights as", select("storage", [["", "float32 only"], ["float16", "float16"], ["int8", "int8"], ["float16,int8", "float16 and int8"]])))),
     h("div", { class: "card" }, h("h2", {}, "How the data is read"),
       h("p", { class: "muted" }, "The network sees (x · scale − mean) / std. A wrong normalisation is the commonest first mistake: the job stops early if the original does badly."),
       h("div", { class: "fields" },
@@ -56,6 +58,9 @@ export async function newPage(main, signal) {
 
   const at = (id) => form.querySelector(`#${id}`).value;
   form.querySelector("#task").addEventListener("change", () => { joints.hidden = at("task") !== "keypoints"; });
+
+  /** A number that may be left to the service. */
+  const given = (id) => at(id) === "" ? {} : { [id]: Number(at(id)) };
 
   /** What only keypoints ask for. An empty field is left to the service. */
   function ofJoints() {
@@ -97,7 +102,9 @@ export async function newPage(main, signal) {
       await Promise.all([ready(`/v1/models/${m.id}`, "model"), ready(`/v1/datasets/${d.id}`, "data")]);
       const job = await post("/v1/jobs", { model: m.id, dataset: d.id, name: model.file().name.replace(/\.\w+$/, ""),
         budget: { max_drop: Number(at("max-drop")) / 100 }, minimize: [at("minimize")],
-        search: { trials: Number(at("trials")) }, fine_tune: { epochs: Number(at("epochs")), ...(joints.hidden ? {} : { heatmap_sigma: Number(at("sigma")) }) } });
+        storage: at("storage").split(",").filter(Boolean),
+        search: { trials: Number(at("trials")), ...given("hours") },
+        fine_tune: { ...given("epochs"), ...(joints.hidden ? {} : { heatmap_sigma: Number(at("sigma")) }) } });
       if (!signal.aborted) location.hash = `#/jobs/${job.id}`;
     } catch (error) {
       say(error.message, true);
