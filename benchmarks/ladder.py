@@ -59,7 +59,7 @@ __all__ = ["RECIPES", "correlations", "iterations", "main", "recipe", "rungs"]
 Row = dict[str, Any]
 Told = Callable[[Row], None]
 
-BASE = FineTune(learning_rate=0.02, weight_decay=5e-4, distill=0.7)
+BASE = FineTune(optimizer="sgd", learning_rate=0.02, weight_decay=5e-4, distill=0.7)
 """What the variants differ from."""
 RECIPES: dict[str, dict[str, float]] = {
     "base": {},
@@ -146,11 +146,11 @@ def _drawn(candidates: Candidates, count: int, level: float) -> Iterator[tuple[s
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:
-    """Each rung's rank correlation with the next one and with the longest training."""
+    """Each rung's rank correlation with the next one and with the longest training, in each group and over all rows."""
     table = []
     order = ("profile", "no gradient", "prior", "30 steps", "100 steps", "300 steps", "full", "again")
-    for group in dict.fromkeys(row["group"] for row in rows):
-        these = [row for row in rows if row["group"] == group]
+    for group in (*dict.fromkeys(row["group"] for row in rows), "all"):
+        these = [row for row in rows if group in (row["group"], "all")]
         names = [name for name in order if name in these[0]]
         ladder = [name for name in names if name not in ("prior", "again")]
         for name in names:

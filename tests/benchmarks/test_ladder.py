@@ -43,11 +43,12 @@ def test_a_plan_is_built_once(candidates: Candidates) -> None:
 def test_training_starts_from_the_candidate_and_leaves_it_as_it_was(candidates: Candidates) -> None:
     start = candidates.built(plan_at(candidates.profile, 0.15))
     before = start.weights.read_bytes()
-    done = candidates.trained(start, FineTune(), epochs=20, seed=0)
+    done = candidates.trained(start, FineTune(learning_rate=0.05), epochs=3, seed=0)
     assert start.weights.read_bytes() == before
-    assert done.weights.read_bytes() != before
-    assert done.select >= (start.result.value or 0.0)
+    assert start.result.value is not None
     assert done.last is not None
+    assert done.last != start.result.value
+    assert done.select == max(start.result.value, done.select)
 
 
 def test_recipes_start_from_the_same_candidate_and_differ_in_what_they_say(candidates: Candidates) -> None:
