@@ -189,7 +189,11 @@ def _pooled(
         return summed
 
     pooled = Statistics(
-        *(mean(name) for name in ("second", "cross", "energy", "mean_input", "mean_output")),
+        mean("second"),
+        mean("cross"),
+        mean("energy"),
+        mean("mean_input"),
+        mean("mean_output"),
         sum(s.count for s in statistics),
         statistics[0].input_sizes,
     )
