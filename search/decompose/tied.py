@@ -189,13 +189,13 @@ def _pooled(
         return summed
 
     pooled = Statistics(
-        second=mean("second"),
-        cross=mean("cross"),
-        energy=mean("energy"),
-        mean_input=mean("mean_input"),
-        mean_output=mean("mean_output"),
-        count=sum(s.count for s in statistics),
-        input_sizes=statistics[0].input_sizes,
+        mean("second"),
+        mean("cross"),
+        mean("energy"),
+        mean("mean_input"),
+        mean("mean_output"),
+        sum(s.count for s in statistics),
+        statistics[0].input_sizes,
     )
     return pooled, metric
 
