@@ -323,9 +323,9 @@ class FineTune(Value):
     """The schedule's peak. auto: by the optimizer, and higher for a longer training."""
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     """auto: ``adamw`` for networks with attention, recurrence or embeddings, ``sgd`` (Nesterov) for others."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.7
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Weight of the original's soft outputs; the rest is the labels' loss."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged weights per step; 0 averages nothing."""
