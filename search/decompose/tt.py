@@ -7,7 +7,7 @@ nested in their subspaces, and all r3 come from one eigendecomposition. With C =
 algorithm 1). ``factorize`` then alternates: k x 1 link and rest for a given first link, the first link for those.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -88,18 +88,7 @@ class TT:
         *,
         input_sizes: Sequence[int] | None = None,
     ) -> tuple[int, int]:
-        rows, columns, c_in, c_out = conv2d_sizes(layer)
-        groups = conv2d_of(layer).groups
-        low, middle, high = ranks
-        first, tall, rest = (
-            groups * size for size in (c_in * low, low * rows * middle, high * (middle * columns + c_out))
-        )
-        macs = (
-            first * input_positions(layer, output_positions, input_sizes)
-            + tall * middle_positions(layer, output_positions, input_sizes)
-            + rest * output_positions
-        )
-        return first + tall + rest + bias_parameters(layer), macs
+        return _prices(layer, output_positions, input_sizes)(ranks)
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         return tuple(variational_rank(layer, unfold) for unfold in (by_inputs, by_rows, by_outputs))
@@ -141,6 +130,7 @@ class TT:
         bases = [project(part, rows * columns) for part in parts]
         sizes = None if statistics is None else statistics.input_sizes
         points: list[CurvePoint] = []
+        cost = _prices(layer, output_positions, sizes)
         for low, middles in _by_low(self.ranks(layer)):
             rests = [restrict(p, basis[:low], rows * columns) for p, basis in zip(parts, bases, strict=True)]
             inner = [project(rest, columns)[: max(middles)] for rest in rests]
@@ -148,7 +138,7 @@ class TT:
             for middle, highs in middles.items():
                 for ranks in ((low, middle, high) for high in highs):
                     error = relative(parts, [float(e[middle][min(ranks[2], len(e[middle]) - 1)]) for e in lost])
-                    parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
+                    parameters, macs = cost(ranks)
                     points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=error))
         weight = geometry(layer)[1]
         dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
@@ -160,6 +150,25 @@ class TT:
 
         count = refitted(parts, rows * columns, weight.shape[2] // (2 * rows * columns))
         return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
+
+
+def _prices(
+    layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None
+) -> Callable[[Sequence[int]], tuple[int, int]]:
+    """Parameters and MACs by ranks: a curve asks for hundreds, and the layer is the same for all of them."""
+    rows, columns, c_in, c_out = conv2d_sizes(layer)
+    groups, bias = conv2d_of(layer).groups, bias_parameters(layer)
+    before = input_positions(layer, output_positions, input_sizes)
+    between = middle_positions(layer, output_positions, input_sizes)
+
+    def of(ranks: Sequence[int]) -> tuple[int, int]:
+        low, middle, high = ranks
+        first, tall, rest = (
+            groups * size for size in (c_in * low, low * rows * middle, high * (middle * columns + c_out))
+        )
+        return first + tall + rest + bias, first * before + tall * between + rest * output_positions
+
+    return of
 
 
 def _by_low(lattice: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, dict[int, list[int]]]]:

@@ -223,12 +223,16 @@ class _Tucker(_Factors):
 
     def _matrix(self, core: Tensor) -> Tensor:
         """(groups, T, S * taps) from ``core``: (groups, R1' R2', R1 R2, taps)."""
-        p = torch.einsum("gas,gbt->gabst", self.in1, self.in2).flatten(3).flatten(1, 2)
-        q = torch.einsum("gsa,gtb->gstab", self.out1, self.out2).flatten(3).flatten(1, 2)
+        p, q = _kron(self.in1, self.in2), _kron(self.out1, self.out2)
         groups, high, low, taps = core.shape
         seen = core.transpose(2, 3).reshape(groups, high * taps, low) @ p
         w = q @ seen.reshape(groups, high, -1)
         return w.reshape(groups, q.shape[1], taps, -1).transpose(2, 3).flatten(2)
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """(groups, m, n) and (groups, p, q): (groups, m p, n q)."""
+    return (a[:, :, None, :, None] * b[:, None, :, None, :]).flatten(3).flatten(1, 2)
 
 
 def _contracted(way: Way, x: Tensor, cores: tuple[Tensor, ...]) -> Tensor:
