@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from search import cost, latency
 from search.baseline import allowed_drop
@@ -111,11 +111,15 @@ def run(
 
 
 def build(bench: Bench, plan: Plan, parent: Path | None) -> nn.Module:
-    """The network of ``plan`` without any training: from the original, or from a stage's start made dense."""
-    start: nn.Module = bench.original
+    """The network of ``plan`` without any training: from the original, or from a stage's start made dense.
+
+    A later stage's layers are fitted to the outputs of its start, which was trained: fitted to the original's, they
+    would forget it.
+    """
+    start = bench.original
     if parent is not None:
-        start = dense_of(read_weights(bench.original, parent)[0])
-    return reconstruct(bench.original, start, plan, lambda: bench.calibration).eval()
+        start = cast(fx.GraphModule, dense_of(read_weights(bench.original, parent)[0]))
+    return reconstruct(start, start, plan, lambda: bench.calibration).eval()
 
 
 def measure_latency(bench: Bench, network: nn.Module) -> tuple[float, float]:

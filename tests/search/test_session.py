@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from search import reload
 from search.allocate import allocate
+from search.bench import read_weights
 from search.errors import BadBaseline, BadRequest
 from search.session import Session, inspect_data, inspect_model
 from search.spec import (
@@ -297,6 +298,12 @@ def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opene
     assert same.costs.parameters == first.costs.parameters
     assert same.drop is not None
     assert same.drop <= 0.03  # nothing was cut: as good as the tuned network, but for the choice of statistics
+    inputs, _ = next(iter(session.bench.data.verify.batches(64)))
+    tuned, again = (read_weights(session.bench.original, tmp_path / f / "weights.safetensors")[0] for f in "tu")
+    with torch.no_grad():
+        wanted, original = tuned(*inputs), session.bench.original(*inputs)
+        forgotten = (original - wanted).norm()
+        assert (again(*inputs) - wanted).norm() < 0.2 * forgotten  # what it had learnt is still there
 
 
 def test_a_lost_parent_is_an_outcome_with_advice(job: Opened, tmp_path: Path) -> None:
