@@ -126,7 +126,7 @@ def _second_first(s: Pair, t: Pair) -> bool:
     return t[1] * s[0] * (s[1] + t[0]) < t[0] * s[1] * (s[0] + t[1])
 
 
-class _Factors(nn.Module):
+class _Factors(Keeping):
     """What the Linear and the Conv2d of one method share: factors as parameters, and the dense layer's bias."""
 
     bias: nn.Parameter | None
@@ -253,7 +253,7 @@ def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-class ReshapedCPLinear(_CP, Keeping, FactorizedLayer):
+class ReshapedCPLinear(_CP, FactorizedLayer):
     """A Linear as a sum of ``rank`` Kronecker products."""
 
     method = "r_cp"
@@ -299,7 +299,7 @@ class ReshapedCPLinear(_CP, Keeping, FactorizedLayer):
         return _dense_linear(self.dense_weight(), self.bias)
 
 
-class ReshapedTuckerLinear(_Tucker, Keeping, FactorizedLayer):
+class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
     """A Linear as mode products with small factors around a ``core``: (R1' R2', R1 R2)."""
 
     method = "r_tucker"
@@ -360,7 +360,7 @@ class _Conv2d(ConvChain):
         return link
 
 
-class ReshapedCPConv2d(_CP, Keeping, _Conv2d):
+class ReshapedCPConv2d(_CP, _Conv2d):
     """A Conv2d as ``rank`` Kronecker products, each with a spatial filter of its own."""
 
     method = "r_cp"
@@ -410,7 +410,7 @@ class ReshapedCPConv2d(_CP, Keeping, _Conv2d):
         return self._matrix(filters).reshape(self.out_channels, -1, *self.kernel_size)
 
 
-class ReshapedTuckerConv2d(_Tucker, Keeping, _Conv2d):
+class ReshapedTuckerConv2d(_Tucker, _Conv2d):
     """A Conv2d as mode products, a k x k ``core`` convolution (R1 R2 -> R1' R2') and mode products back."""
 
     method = "r_tucker"
