@@ -1,11 +1,13 @@
 """How images lie in memory while a network is only run, not trained."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["Quick"]
+__all__ = ["Quick", "channels_last"]
 
 
 class Quick:
@@ -31,3 +33,27 @@ class Quick:
 
 def _arranged(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def channels_last(network: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule | None:
+    """``network``, whose modules it shares, with its images arranged channels last as they come in; None where it has
+    no convolution or no image, or where its code forbids it.
+
+    ``inputs``: an example, in the order of the graph's inputs.
+    """
+    if not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+        return None
+    graph = copy.deepcopy(network.graph)
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    images = [node for node, x in zip(places, inputs, strict=True) if x.ndim == 4]
+    for node in images:
+        with graph.inserting_after(node):
+            arranged = graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+        node.replace_all_uses_with(arranged, delete_user_cb=lambda user, own=arranged: user is not own)
+    module = fx.GraphModule(network, graph).eval()
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except RuntimeError:
+        return None
+    return module if images else None

@@ -194,6 +194,7 @@ class Session:
         else:
             network, plan = read_weights(bench.original, weights)
         facts = self._facts(record, network, plan, front)
+        network = trial.as_shipped(bench, network)
         rounded = export.round_weights(network, bench.lifted, bench.spec.storage)
         if rounded:
             stored = [self._stored(storage, module) for storage, module in rounded.items()]

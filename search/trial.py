@@ -14,6 +14,7 @@ from search import cost, latency
 from search.baseline import allowed_drop
 from search.bench import Bench, Report, read_weights
 from search.export import save_weights
+from search.layout import channels_last
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
 from search.recipe import peak_rate
 from search.reconstruct import recalibrate_batch_norm, reconstruct
@@ -34,13 +35,15 @@ from search.spec import (
 from search.surgery import dense_of
 from search.tune import Tuned, fine_tune
 
-__all__ = ["build", "measure_latency", "run", "verified"]
+__all__ = ["as_shipped", "build", "measure_latency", "run", "verified"]
 
 Save = Callable[[Path], None]
 
 KEPT_BYTES = 8 << 20
 """Weights of a cheap trial are kept if they are no more than this: building them again is cheap too."""
 SEED_RANGE = 2**31
+CLEARLY = 0.95
+"""Channels last must take less than this share of the time, or the network is left as it is."""
 
 
 class _How(TypedDict):
@@ -122,9 +125,26 @@ def build(bench: Bench, plan: Plan, parent: Path | None) -> nn.Module:
     return reconstruct(start, start, plan, lambda: bench.calibration).eval()
 
 
+def as_shipped(bench: Bench, network: nn.Module) -> nn.Module:
+    """``network`` as its files hold it: with images channels last where that is quicker on this CPU.
+
+    Grouped convolutions, of which CP forms are full, take a slow path otherwise (docs/decisions/0018).
+    """
+    example = bench.lifted.example(bench.latency_batch)
+    if bench.runtime.device != "cpu" or not isinstance(network, fx.GraphModule):
+        return network
+    arranged = channels_last(network, example)
+    if arranged is None:
+        return network
+    quick, plain = latency.measure(network, arranged, example, lock=bench.runtime.latency_lock)
+    return arranged if quick < CLEARLY * plain else network
+
+
 def measure_latency(bench: Bench, network: nn.Module) -> tuple[float, float]:
-    """(network's, original's) median milliseconds of a batch on the CPU or the device, under the host's lock."""
+    """Median milliseconds of a batch, on the CPU or the device and under the host's lock: the network's as it is
+    shipped, the original's."""
     bench.report("measuring latency", 0, 1)
+    network = as_shipped(bench, network)
     device = bench.runtime.device
     example = tuple(x.to(device) for x in bench.lifted.example(bench.latency_batch))
     try:
