@@ -106,7 +106,7 @@ def test_stopping_a_worker_gives_its_task_back_at_no_cost(house):
 
 @pytest.mark.long
 def test_a_storm_of_kills_still_ends_the_job_once(house):
-    house.control(steps=12)
+    house.control(steps=40)  # so long that the job cannot end before the last kill
     house.start(workers=2)
     job_id = house.submit(trials=8, parallel=2)
     for round_ in range(4):
