@@ -15,6 +15,7 @@ __all__ = [
     "FactorizedLayer",
     "PaddingMode",
     "TransposedChain",
+    "dense_linear",
     "fill_dense",
 ]
 
@@ -276,6 +277,13 @@ class TransposedChain(ConvChain):
 
 def _spread(value: Sequence[int] | int, dimensions: int) -> tuple[int, ...]:
     return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The layer of ``weight`` (out, in) and ``bias``."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+    fill_dense(layer, weight, bias)
+    return layer
 
 
 def fill_dense(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import ConvChain, FactorizedLayer, TransposedChain, fill_dense
+from .base import ConvChain, FactorizedLayer, TransposedChain, dense_linear, fill_dense
 
 __all__ = [
     "InputLowRankConv",
@@ -67,10 +67,7 @@ class LowRankLinear(FactorizedLayer):
         return self.last.weight @ self.first.weight
 
     def dense(self) -> nn.Linear:
-        w = self.dense_weight()
-        layer = nn.Linear(w.shape[1], w.shape[0], self.last.bias is not None, w.device, w.dtype)
-        fill_dense(layer, w, self.last.bias)
-        return layer
+        return dense_linear(self.dense_weight(), self.last.bias)
 
 
 class LowRankEmbedding(FactorizedLayer):

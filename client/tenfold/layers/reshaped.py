@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ConvChain, FactorizedLayer, fill_dense
+from .base import ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, from_first, from_last, joined, linear_way, train_way
 from .keeping import Keeping
 from .planning import Work, batch_of, convolution, copy, product, quickest
@@ -247,12 +247,6 @@ def _linear_like(cls: type[FactorizedLayer], layer: nn.Module, ranks: Sequence[i
     return layer
 
 
-def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-    fill_dense(layer, weight, bias)
-    return layer
-
-
 class ReshapedCPLinear(_CP, FactorizedLayer):
     """A Linear as a sum of ``rank`` Kronecker products."""
 
@@ -296,7 +290,7 @@ class ReshapedCPLinear(_CP, FactorizedLayer):
         return self._matrix(None)[0]
 
     def dense(self) -> nn.Linear:
-        return _dense_linear(self.dense_weight(), self.bias)
+        return dense_linear(self.dense_weight(), self.bias)
 
 
 class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
@@ -346,7 +340,7 @@ class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
         return self._matrix(self.core.weight[None, :, :, None])[0]
 
     def dense(self) -> nn.Linear:
-        return _dense_linear(self.dense_weight(), self.bias)
+        return dense_linear(self.dense_weight(), self.bias)
 
 
 class _Conv2d(ConvChain):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Conv, ConvChain, FactorizedLayer, fill_dense
+from .base import Conv, ConvChain, FactorizedLayer, dense_linear
 from .forms import CP, TT, Form, Tucker
 from .keeping import Keeping
 from .shuffling import rotations, shuffle
@@ -149,10 +149,7 @@ class ShuffledLinear(Shuffled):
         return F.linear(x, self.kernel(), self.bias)
 
     def dense(self) -> nn.Linear:
-        w = self.dense_weight()
-        layer = nn.Linear(w.shape[1], w.shape[0], self.bias is not None, w.device, w.dtype)
-        fill_dense(layer, w, self.bias)
-        return layer
+        return dense_linear(self.dense_weight(), self.bias)
 
 
 class ShuffledConv(Shuffled, ConvChain):

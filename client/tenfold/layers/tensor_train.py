@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from .base import Conv, ConvChain, FactorizedLayer, fill_dense
+from .base import Conv, ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, build, conv_way, from_first, from_last, joined, linear_way
 from .keeping import Keeping
 from .planning import batch_of
@@ -129,10 +129,7 @@ class TTLinear(Keeping, FactorizedLayer):
         return build(tuple(self.cores)).reshape(self.shape.out, self.shape.in_)
 
     def dense(self) -> nn.Linear:
-        w = self.dense_weight()
-        layer = nn.Linear(w.shape[1], w.shape[0], self.bias is not None, w.device, w.dtype)
-        fill_dense(layer, w, self.bias)
-        return layer
+        return dense_linear(self.dense_weight(), self.bias)
 
     @property
     def output_bias(self) -> Tensor | None:

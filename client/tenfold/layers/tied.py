@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONVS, TRANSPOSED, FactorizedLayer, fill_dense
+from .base import CONVS, TRANSPOSED, FactorizedLayer, dense_linear
 from .chains import LowRankEmbedding
 
 __all__ = ["LowRankHead", "factors_of", "tie", "tied_reason"]
@@ -38,10 +38,7 @@ class LowRankHead(FactorizedLayer):
         return self.tokens @ self.mixing.T
 
     def dense(self) -> nn.Linear:
-        w = self.dense_weight()
-        layer = nn.Linear(w.shape[1], w.shape[0], self.bias is not None, w.device, w.dtype)
-        fill_dense(layer, w, self.bias)
-        return layer
+        return dense_linear(self.dense_weight(), self.bias)
 
     @property
     def output_bias(self) -> Tensor | None:
