@@ -1,6 +1,6 @@
 """A small real network and its candidates, each plan built once: what the studies of the search have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -8,15 +8,21 @@ import numpy as np
 
 from benchmarks.datasets import prepare
 from benchmarks.networks import NETWORKS, trained
+from benchmarks.no_gradient import TRANSFORM
 from search.bench import Bench, read_weights
 from search.export import save_weights
 from search.precision import Precision
 from search.session import Session
-from search.spec import DataSpec, FineTune, JobSpec, Plan, Profile, Rung, TrialResult, TrialWork
+from search.spec import Augmentation, DataSpec, FineTune, JobSpec, Plan, Profile, Rung, TrialResult, TrialWork
 from search.study import plan_key
-from search.tune import Runtime, fine_tune
+from search.tune import fine_tune
 
-__all__ = ["Built", "Candidates", "Trained"]
+__all__ = ["PRETRAINED", "Built", "Candidates", "Trained"]
+
+
+PRETRAINED = ("resnet20", "resnet32")
+"""CIFAR-10 networks that come as weights of a known architecture."""
+CIFAR = TRANSFORM.model_copy(update={"augment": Augmentation.CROP_FLIP})
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,25 @@ class Trained:
 class Candidates:
     """Those of a job's model and data. Choices see the select split, ``Trained.test`` the verify split."""
 
-    def __init__(self, model: Path, data: Path, data_spec: DataSpec, spec: JobSpec, scratch: Path) -> None:
-        self.spec, self._scratch = spec, scratch
-        self.session = Session(model, data, data_spec=data_spec, spec=spec, scratch=scratch / "session")
+    def __init__(self, session: Session, spec: JobSpec, scratch: Path) -> None:
+        self.session, self.spec, self._scratch = session, spec, scratch
         self._built: dict[str, Built] = {}
         self._trainings = 0
 
     @classmethod
-    def of(cls, name: str, spec: JobSpec, scratch: Path, *, rows: int) -> "Candidates":
-        """Of a network of ``benchmarks.networks``, with the first ``rows`` of its training images."""
-        known = NETWORKS[name]
-        data = _subset(prepare(known.data), rows, scratch / "data.npz")
-        return cls(trained(name), data, DataSpec(transform=known.transform), spec, scratch)
+    def of(cls, name: str, spec: JobSpec, scratch: Path, *, rows: int, weights: Path | None = None) -> "Candidates":
+        """Of a network of ``benchmarks.networks``, or a pretrained one from its ``weights``, with the first ``rows`` of
+        its training images."""
+        transform, data = (CIFAR, "cifar10") if weights else (NETWORKS[name].transform, NETWORKS[name].data)
+        session = Session(
+            weights or trained(name),
+            _subset(prepare(data), rows, scratch / "data.npz"),
+            architecture={"name": f"{name}_cifar10"} if weights else None,
+            data_spec=DataSpec(transform=transform),
+            spec=spec,
+            scratch=scratch / "session",
+        )
+        return cls(session, spec, scratch)
 
     @property
     def bench(self) -> Bench:
@@ -90,7 +103,8 @@ class Candidates:
             epochs=epochs,
             seed=seed,
             metric=bench.metric,
-            runtime=Runtime(precision=Precision.FLOAT32),
+            keep="best" if bench.seen_before is None else "last",
+            runtime=replace(bench.runtime, precision=Precision.FLOAT32),
         )
         self._trainings += 1
         weights = save_weights(network, plan, self._scratch / f"trained{self._trainings}.safetensors")

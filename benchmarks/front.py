@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from torch import nn
 from benchmarks.datasets import prepare
 from benchmarks.drawing import draw
 from benchmarks.inprocess import Search, search
+from benchmarks.machine import machine
 from benchmarks.networks import NETWORKS, trained
 from benchmarks.peers import PEERS, PeerFailed, run_peer
 from search import cost
@@ -111,8 +111,7 @@ def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
         result: dict[str, Any] = {
             "command": command,
             "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} at the start",
+            "machine": f"{machine()}, load {os.getloadavg()[0]:.1f} at the start",
             "title": options.network or options.model.name,
             "epochs": options.epochs,
             "fronts": {},

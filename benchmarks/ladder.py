@@ -3,6 +3,7 @@
     python -m benchmarks.ladder recipe --network mlp_mnist
     python -m benchmarks.ladder rungs --network mlp_mnist --plans 20 --epochs 10
     python -m benchmarks.ladder iterations --network mlp_mnist --epochs 8
+    python -m benchmarks.ladder recipe --network resnet20 --weights ../shared/weights/resnet20_cifar10.safetensors
 
 * ``recipe``: one setting of the training changed at a time, at several lengths, from the same candidates.
 * ``rungs``: the same candidates after no gradient step, some steps, and ever more epochs: how well does each length
@@ -17,8 +18,6 @@ are written as they come, so that what was measured before an interruption is th
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -29,13 +28,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import optuna
-import torch
 from optuna.samplers import RandomSampler
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from benchmarks.candidates import Built, Candidates
+from benchmarks.candidates import PRETRAINED, Built, Candidates
+from benchmarks.machine import machine
 from benchmarks.networks import NETWORKS
 from benchmarks.no_gradient import plan_at
 from search.allocate import predicted
@@ -65,6 +64,8 @@ RECIPES: dict[str, dict[str, float]] = {
     "base": {},
     "weight decay 2e-4": {"weight_decay": 2e-4},
     "distill 0.9": {"distill": 0.9},
+    "rate 0.0025": {"learning_rate": 0.0025},
+    "rate 0.005": {"learning_rate": 0.005},
     "rate 0.01": {"learning_rate": 0.01},
     "rate 0.04": {"learning_rate": 0.04},
     "0.04, 2e-4, 0.9": {"learning_rate": 0.04, "weight_decay": 2e-4, "distill": 0.9},
@@ -274,7 +275,8 @@ PARTS: dict[str, tuple[Callable[[Candidates, argparse.Namespace], Iterator[Row]]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=tuple(PARTS))
-    parser.add_argument("--network", choices=tuple(NETWORKS), required=True)
+    parser.add_argument("--network", choices=(*NETWORKS, *PRETRAINED), required=True)
+    parser.add_argument("--weights", type=Path, default=None, help=f"of {' or '.join(PRETRAINED)}")
     parser.add_argument("--rows", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=float, default=8.0, help="rungs: of the longest training; iterations: of all")
     parser.add_argument("--seeds", type=int, default=1)
@@ -290,14 +292,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=None, help="default: all, mixed layer by layer")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(arguments)
+    if (options.network in PRETRAINED) != (options.weights is not None):
+        parser.error(f"--weights goes with --network {' or '.join(PRETRAINED)}, got --network {options.network}")
     out: Path = options.json or Path(f"benchmarks/results/ladder_{options.part}_{options.network}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.ladder {words}",
         "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s)",
+        "machine": machine(),
         "rows": [],
     }
     rows, table = PARTS[options.part]
@@ -310,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fine_tune=BASE.model_copy(update={"epochs": options.epochs}),
             search=SearchSpec(),
         )
-        candidates = Candidates.of(options.network, spec, Path(scratch), rows=options.rows)
+        candidates = Candidates.of(options.network, spec, Path(scratch), rows=options.rows, weights=options.weights)
         result["original"] = {"select": candidates.bench.on_select.value, "test": candidates.bench.on_verify.value}
         for row in rows(candidates, options):
             result["rows"].append(row)

@@ -16,7 +16,6 @@ multiply-accumulates and for both, and asks no sampler. After each candidate:
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,11 +24,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.candidates import Candidates
+from benchmarks.machine import machine
 from benchmarks.networks import NETWORKS
 from benchmarks.no_gradient import plan_at
 from benchmarks.simulator import Surface
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.samplers {words}",
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)",
+        "machine": machine(),
         "curves": {name: [] for name in options.samplers},
     }
     with tempfile.TemporaryDirectory(prefix="tenfold-samplers-") as scratch:

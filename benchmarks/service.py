@@ -9,8 +9,6 @@ choose; the budget is judged on the other half, which no choice has seen.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -24,6 +22,7 @@ from safetensors.torch import load_file
 
 import tenfold
 from benchmarks.datasets import prepare
+from benchmarks.machine import machine
 from examples.demo import service
 from search.intake.architectures import build
 from tenfold.progress import before_and_after, watch
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return {
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
                 "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+                "machine": machine(),
                 "wall_seconds": round(time.monotonic() - began),
                 "epochs_trained": epochs,
                 "job": job.data,

@@ -220,15 +220,21 @@ def _train(
         keep="best" if bench.seen_before is None else "last",
     )
     networks, part, runtime = (network, bench.original), recipe.sequential * epochs, bench.runtime
+    data = bench.data
+    if how["keep"] == "last" and work.rung is Rung.FULL:
+        data = data.learning_select()
+        found.notes.append(
+            "the select split, which the original has seen and which chooses nothing, is learnt from too"
+        )
     tuned: Tuned | None = None
     if part > 0:
-        tuned = train_blocks(*networks, bench.data, recipe, epochs=part, checkpoint=checkpoint, runtime=runtime, **how)
+        tuned = train_blocks(*networks, data, recipe, epochs=part, checkpoint=checkpoint, runtime=runtime, **how)
     if tuned is not None:
         checkpoint, runtime = None, replace(runtime, precision=tuned.precision)
     if tuned is None or (part < epochs and tuned.outcome is Outcome.OK):
         tuned = fine_tune(
             *networks,
-            bench.data,
+            data,
             recipe,
             epochs=epochs - part,
             checkpoint=checkpoint,

@@ -283,7 +283,7 @@ class _Training:
         self.best = {k: v.to(self.runtime.device) for k, v in groups["best"].items()}
         self.average = {k: v.to(self.runtime.device) for k, v in groups.get("average", {}).items()}
         torch.set_rng_state(groups["random"]["cpu"])
-        if "cuda" in groups["random"]:
+        if "cuda" in groups["random"] and self.runtime.device.startswith("cuda"):  # begun there, it may go on here
             torch.cuda.set_rng_state(groups["random"]["cuda"])
 
     def _fingerprint(self) -> str:

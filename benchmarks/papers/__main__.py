@@ -9,17 +9,16 @@ Prints each table as it grows, and writes them all to ``benchmarks/results/paper
 import argparse
 import importlib
 import json
-import platform
 import time
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table as Shown
 
+from benchmarks.machine import machine
 from benchmarks.papers.table import Experiment, Settings, Table
 
 PAPERS = ("novikov", "musco", "su", "rstd", "tnet")
@@ -32,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--weights", type=Path, default=None, help="a trained network to start from")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=("small", "paper"), default="small", help="paper: for a GPU")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     out: Path = arguments.json or Path(f"benchmarks/results/paper_{arguments.paper}.json")
@@ -44,7 +44,7 @@ def main() -> None:
         facts = {
             "paper": arguments.paper,
             "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "machine": machine(),
             "command": _command(arguments),
             "seconds": round(time.monotonic() - began),
         }
@@ -78,7 +78,7 @@ def _command(arguments: argparse.Namespace) -> str:
     parts += ["--seeds", *map(str, arguments.seeds)]
     if arguments.weights is not None:
         parts += ["--weights", arguments.weights.name]
-    return " ".join([*parts, "--device", arguments.device])
+    return " ".join([*parts, "--device", arguments.device, "--size", arguments.size])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def run(settings: Settings, done: Callable[[Table], None], size: Size | None = N
     """
     if settings.weights is None:
         raise ValueError("this experiment compresses a trained ResNet-32: pass --weights resnet32_cifar10.safetensors")
-    size = size or (SMALL if settings.device == "cpu" else WHOLE)
+    size = size or (SMALL if settings.small else WHOLE)
     epochs = size.epochs if settings.epochs is None else settings.epochs
     with tempfile.TemporaryDirectory() as scratch:
         original, data = _opened(settings.weights, size, Path(scratch))

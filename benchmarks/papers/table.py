@@ -18,10 +18,14 @@ class Settings:
     weights: Path | None = None
     """Trained weights, for the experiments that start from a trained network."""
     device: str = "cpu"
+    small: bool = True
+    """The size that two cores allow; otherwise the paper's."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Settings":
-        return cls(arguments.epochs, tuple(arguments.seeds), arguments.weights, arguments.device)
+        return cls(
+            arguments.epochs, tuple(arguments.seeds), arguments.weights, arguments.device, arguments.size == "small"
+        )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 The paper's comparison, from scratch and with equal epochs: dense kernels; one Tucker or MPS tensor of all kernels; each
 kernel a Tucker form of its own. The paper's task is human pose on MPII; ours is ``benchmarks.figures``, drawn here,
-because MPII cannot be fetched by a command. On a GPU (``--device cuda``) the network has the paper's size.
+because MPII cannot be fetched by a command. ``--size paper`` is the paper's network, for a GPU.
 """
 
 import math
@@ -68,7 +68,7 @@ PAPER = Size(stacks=4, depth=4, features=128, side=256, rows=20_000, test_rows=2
 
 def run(settings: Settings, done: Callable[[Table], None], size: Size | None = None) -> None:
     """Every form at every ratio, ``done`` called after each training."""
-    size = size or (SMALL if settings.device == "cpu" else PAPER)
+    size = size or (SMALL if settings.small else PAPER)
     epochs = size.epochs if settings.epochs is None else settings.epochs
     table = Table(
         title="T-Net from scratch: joints of figures",

@@ -63,31 +63,20 @@ class Split:
         ``shuffle``: the seed of the order, and of the augmentation. ``limit``: at most that many rows, drawn by the
         shuffle, or evenly spaced without one (files are often sorted by class).
         """
-        numbers = self._order(shuffle, limit)
-        generator = torch.Generator().manual_seed(shuffle or 0) if augment else None
-        for start in range(0, len(numbers), batch_size):
-            chosen = numbers[start : start + batch_size]
-            moves = [None if generator is None else apply.draw(len(chosen), generator) for apply in self.pipelines]
-            inputs = tuple(
-                apply(array[chosen], move)
-                for array, apply, move in zip(self.stored, self.pipelines, moves, strict=True)
-            )
-            target = None if self.stored_target is None else self._target(chosen)
-            drawn = next((move for move in moves if move is not None), None)
-            if target is not None and drawn is not None and self.move_target is not None:
-                target = self.move_target(target, drawn)
-            yield inputs, target
+        return _batches(self, batch_size, shuffle, augment, limit)
 
-    def _order(self, shuffle: int | None, limit: int | None) -> NDArray[np.int64]:
-        count = len(self)
-        wanted = count if limit is None else min(limit, count)
-        if shuffle is not None:
-            order = np.random.default_rng(shuffle).permutation(count)[:wanted]
-        elif wanted < count:
-            order = evenly(count, wanted)
-        else:
-            order = np.arange(count)
-        return order if self.rows is None else self.rows[order]
+    def take(self, chosen: NDArray[np.int64], generator: torch.Generator | None) -> Batch:
+        """The rows ``chosen`` (their places in this split), augmented where there is a ``generator``."""
+        numbers = chosen if self.rows is None else self.rows[chosen]
+        moves = [None if generator is None else apply.draw(len(numbers), generator) for apply in self.pipelines]
+        inputs = tuple(
+            apply(array[numbers], move) for array, apply, move in zip(self.stored, self.pipelines, moves, strict=True)
+        )
+        target = None if self.stored_target is None else self._target(numbers)
+        drawn = next((move for move in moves if move is not None), None)
+        if target is not None and drawn is not None and self.move_target is not None:
+            target = self.move_target(target, drawn)
+        return inputs, target
 
     def _target(self, chosen: NDArray[np.int64]) -> Tensor:
         assert self.stored_target is not None  # noqa: S101 -- callers ask first
@@ -96,14 +85,59 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Two splits of the same inputs as one, to learn from."""
+
+    first: Split
+    second: Split
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def batches(
+        self, batch_size: int, *, shuffle: int | None = None, augment: bool = False, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """As of a ``Split``; within a batch, rows of the first come before those of the second."""
+        return _batches(self, batch_size, shuffle, augment, limit)
+
+    def take(self, chosen: NDArray[np.int64], generator: torch.Generator | None) -> Batch:
+        edge = len(self.first)
+        mine, others = chosen[chosen < edge], chosen[chosen >= edge] - edge
+        (x, y), (x2, y2) = self.first.take(mine, generator), self.second.take(others, generator)
+        inputs = tuple(torch.cat(pair) for pair in zip(x, x2, strict=True))
+        return inputs, None if y is None or y2 is None else torch.cat((y, y2))
+
+
+def _batches(
+    source: Split | Joined, batch_size: int, shuffle: int | None, augment: bool, limit: int | None
+) -> Iterator[Batch]:
+    order = _order(len(source), shuffle, limit)
+    generator = torch.Generator().manual_seed(shuffle or 0) if augment else None
+    for start in range(0, len(order), batch_size):
+        yield source.take(order[start : start + batch_size], generator)
+
+
+def _order(count: int, shuffle: int | None, limit: int | None) -> NDArray[np.int64]:
+    wanted = count if limit is None else min(limit, count)
+    if shuffle is not None:
+        return np.random.default_rng(shuffle).permutation(count)[:wanted]
+    return evenly(count, wanted) if wanted < count else np.arange(count)
+
+
+@dataclass(frozen=True)
 class Data:
     """``train`` to learn, ``select`` to choose, ``verify`` to check at the end (never used for choosing)."""
 
-    train: Split
+    train: Split | Joined
     select: Split
     verify: Split
     info: DataInfo
     task: Task
+
+    def learning_select(self) -> "Data":
+        """The same data where nothing is chosen any more: the select split is learnt from as well."""
+        assert isinstance(self.train, Split)  # noqa: S101 -- once is enough
+        return replace(self, train=Joined(self.train, self.select))
 
     def reordered(self, names: tuple[str, ...]) -> "Data":
         """The same data with its inputs in the order of ``names``."""

@@ -10,13 +10,16 @@ from benchmarks import ladder
 from benchmarks.candidates import Candidates
 from benchmarks.no_gradient import plan_at
 from benchmarks.samplers import alone, curve, hypervolumes
+from search.session import Session
 from search.spec import Budget, Cost, Costs, DataSpec, FineTune, JobSpec, Plan, Rung, TrialRecord, TrialResult
 
 
 @pytest.fixture(scope="module")
 def candidates(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Candidates:
     spec = JobSpec(budget=Budget(max_drop=0.05), minimize=(Cost.PARAMETERS, Cost.MACS), methods=("svd",))
-    return Candidates(*files, DataSpec(), spec, tmp_path_factory.mktemp("candidates"))
+    scratch = tmp_path_factory.mktemp("candidates")
+    session = Session(*files, data_spec=DataSpec(), spec=spec, scratch=scratch / "session")
+    return Candidates(session, spec, scratch)
 
 
 def options(**values: object) -> argparse.Namespace:

@@ -405,7 +405,9 @@ def test_a_min_value_becomes_a_drop_on_the_select_split(uploads: Uploads, tmp_pa
     assert profile.max_drop == pytest.approx(profile.value - 0.8)
 
 
-def test_rows_that_the_original_was_trained_on_are_noticed(uploads: Uploads, tmp_path: Path) -> None:
+def test_rows_that_the_original_was_trained_on_are_noticed_and_at_last_learnt_from(
+    uploads: Uploads, tmp_path: Path
+) -> None:
     """Labels that only the select rows' own answers agree with."""
     with np.load(uploads.data) as stored:
         x, y = stored["x"], stored["y"]
@@ -421,7 +423,12 @@ def test_rows_that_the_original_was_trained_on_are_noticed(uploads: Uploads, tmp
         y_test=noisy[1400:],
     )
     session = Session(uploads.model, tmp_path / "d.npz", data_spec=DATA, spec=JOB, scratch=tmp_path)
-    assert "trained on the select rows" in session.profile(0, None).notes[0]
+    profile = session.profile(0, None)
+    assert "trained on the select rows" in profile.notes[0]
+    plan = allocate(profile.sites, 0.35)
+    for rung, learnt in ((Rung.SHORT, False), (Rung.FULL, True)):
+        result = session.trial(work(plan, rung), profile, None, None, None, tmp_path / rung)
+        assert any("is learnt from too" in note for note in result.notes) == learnt
 
 
 def test_ranks_are_multiples_where_the_device_wants_them(uploads: Uploads, tmp_path: Path) -> None:

@@ -134,3 +134,29 @@ def test_image_options_on_plain_vectors_are_refused(read: Read, npz: Write) -> N
 def test_unscaled_bytes_are_pointed_out(read: Read, pictures: Path) -> None:
     assert any("0 to 255" in note for note in read(pictures).info.notes)
     assert not any("0 to 255" in note for note in read(pictures, transform={"scale": 1 / 255}).info.notes)
+
+
+def test_a_select_split_that_chooses_nothing_any_more_is_learnt_from_with_the_rest(read: Read, npz: Write) -> None:
+    x = np.arange(100, dtype=np.float32)[:, None]
+    y = np.arange(100)
+    data = read(npz({"x_train": x[:70], "y_train": y[:70], "x_val": x[70:], "y_val": y[70:], "x_test": x, "y_test": y}))
+    joined = data.learning_select()
+    assert len(joined.train) == 100
+    seen = []
+    for (batch,), labels in joined.train.batches(7, shuffle=1):
+        assert labels is not None
+        assert torch.equal(batch[:, 0], labels.float())
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(100))
+    assert len({row >= 70 for row in seen[:14]}) == 2, "the rows of both are mixed"
+    assert joined.select is data.select
+
+
+def test_joined_splits_are_augmented_like_one(read: Read, pictures: Path) -> None:
+    joined = read(pictures, transform={"layout": "nhwc", "augment": "crop_flip"}).learning_select().train
+    (plain,), _ = next(joined.batches(74, shuffle=3))
+    first, again = (next(joined.batches(74, shuffle=3, augment=True))[0][0] for _ in range(2))
+    assert torch.equal(first, again)
+    changed = (first != plain).flatten(1).any(1)
+    assert changed[:64].any()
+    assert changed[64:].any()
