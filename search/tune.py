@@ -1,7 +1,8 @@
 """Fine-tuning of a compressed network by distillation from the original.
 
 A run is a pure function of its inputs and seed: the schedule and the order of the batches follow from the step's
-number, everything else is in the checkpoint, so that a run that was killed and resumed ends in the same weights.
+number, everything else is in the checkpoint, so that a run that was killed and resumed ends in the same weights (to
+within rounding where it goes on on another device).
 """
 
 import hashlib
@@ -244,7 +245,7 @@ class _Training:
         if stored is None:
             self._begin(inputs)
         else:
-            self._resume(*stored)
+            self._resume(*stored, inputs)
         self.precision.prepare(self.module)
         self.precision.prepare(self.original)
         rebuild(self.module, self.state.rebuilt)
@@ -256,11 +257,7 @@ class _Training:
         return tuple(notes)
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self.precision = (
-            self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)[0]
-        )
-        if self.total >= REBUILDING_STEPS:
-            self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._run(m, inputs), self.precision)
+        self._find_pace(inputs)
         torch.manual_seed(self.seed)
         self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
         self.best = _copy(self.module.state_dict())
@@ -268,13 +265,21 @@ class _Training:
         if start.finite:
             self.state.best = self._rank(start)
 
+    def _find_pace(self, inputs: tuple[Tensor, ...]) -> None:
+        """Choose whatever makes steps quick on this device."""
+        self.precision = (
+            self.runtime.precision or choose(self._answer, self.module, self.original, inputs, self.total)[0]
+        )
+        if self.total >= REBUILDING_STEPS:
+            self.state.rebuilt = quicker_rebuilt(self.module, lambda m: self._run(m, inputs), self.precision)
+
     def _stored(self, checkpoint: Path | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         if checkpoint is None:
             return None
         groups, facts = checkpoints.read(checkpoint)
         return (groups, facts) if facts.get("fingerprint") == self._fingerprint() else None
 
-    def _resume(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    def _resume(self, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], inputs: tuple[Tensor, ...]) -> None:
         self.precision = Precision(facts["precision"])
         state = facts["state"]
         self.state = _State(**{**state, "best": tuple(state["best"]), "rebuilt": tuple(state["rebuilt"])})
@@ -282,8 +287,10 @@ class _Training:
         checkpoints.restore_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.best = {k: v.to(self.runtime.device) for k, v in groups["best"].items()}
         self.average = {k: v.to(self.runtime.device) for k, v in groups.get("average", {}).items()}
+        if facts["device"] != self.runtime.device:
+            self._find_pace(inputs)
         torch.set_rng_state(groups["random"]["cpu"])
-        if "cuda" in groups["random"] and self.runtime.device.startswith("cuda"):  # begun there, it may go on here
+        if "cuda" in groups["random"] and self.runtime.device.startswith("cuda"):
             torch.cuda.set_rng_state(groups["random"]["cuda"])
 
     def _fingerprint(self) -> str:
@@ -441,7 +448,12 @@ class _Training:
             "optimizer": checkpoints.optimizer_state(self.optimizer),
             "random": random,
         }
-        facts = {"fingerprint": self._fingerprint(), "precision": self.precision, "state": vars(self.state)}
+        facts = {
+            "fingerprint": self._fingerprint(),
+            "device": self.runtime.device,
+            "precision": self.precision,
+            "state": vars(self.state),
+        }
         checkpoints.write(path, groups, facts)
 
     def tidy(self) -> None:
