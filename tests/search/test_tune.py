@@ -160,6 +160,19 @@ def test_a_resumed_run_ends_in_the_same_weights(
     assert tuned.curve == full.curve
 
 
+def test_a_run_that_goes_on_on_another_device_finds_its_pace_anew(
+    blobs: Blobs, teacher: nn.Module, tmp_path: Path
+) -> None:
+    path, arguments = tmp_path / "checkpoint.safetensors", {"epochs": 3.0, "seed": 5, "metric": Metric.ACCURACY}
+    fine_tune(network(seed=2), teacher, blobs, FAST, save=path, save_every_s=0.0, **arguments)
+    groups, facts = checkpoints.read(path)
+    groups["random"]["cuda"] = groups["random"]["cpu"]
+    checkpoints.write(path, groups, {**facts, "device": "cuda", "precision": "bfloat16"})
+    tuned = fine_tune(network(), teacher, blobs, FAST, checkpoint=path, **arguments)
+    assert tuned.precision is Precision.FLOAT32, "what a run of seconds takes on this device"
+    assert tuned.epochs == 3
+
+
 def test_a_checkpoint_of_another_run_is_not_used(blobs: Blobs, teacher: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     fine_tune(network(), teacher, blobs, FAST, epochs=1, seed=1, metric=Metric.ACCURACY, save=path, save_every_s=0.0)
