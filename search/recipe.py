@@ -1,5 +1,6 @@
-"""The parts of the training recipe that follow from the network and the length of the training."""
+"""The parts of the training recipe that follow from the network, its start and the length of the training."""
 
+import math
 from typing import Literal
 
 from torch import nn
@@ -13,6 +14,9 @@ _SGD, _ADAMW = 0.02, 1e-3
 _GROWTH = 0.4
 """Exponent: a longer training bears a higher peak, for its low rates last long enough to bring back what that cost."""
 _RANGE = (1.0, 2.0)
+_HOT = 0.3
+"""From this share of the trivial answer's loss on, a start has so much to learn that no training is cooled."""
+_COOLEST = 0.1
 _ADAPTIVE = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 """Layers of networks whose gradients differ in scale from layer to layer."""
 
@@ -24,10 +28,17 @@ def optimizer_of(recipe: FineTune, network: nn.Module) -> Literal["sgd", "adamw"
     return "adamw" if any(isinstance(m, _ADAPTIVE) for m in network.modules()) else "sgd"
 
 
-def peak_rate(recipe: FineTune, network: nn.Module, epochs: float) -> float:
-    """The schedule's highest rate: as asked, or for ``epochs`` of training."""
+def peak_rate(recipe: FineTune, network: nn.Module, epochs: float, distance: float) -> float:
+    """The schedule's highest rate: as asked, or for ``epochs`` of training from a start at that ``distance``, its loss
+    over the trivial answer's.
+
+    A high rate first costs what is known, in proportion to the rate, and a short training cannot bring that back:
+    from a good start it has to be cool. From ten epochs on the start no longer matters.
+    """
     if recipe.learning_rate != "auto":
         return recipe.learning_rate
     base = {"sgd": _SGD, "adamw": _ADAMW}[optimizer_of(recipe, network)]
     growth: float = (epochs / 10) ** _GROWTH
-    return base * min(max(growth, _RANGE[0]), _RANGE[1])
+    heat = min(max(math.sqrt(distance / _HOT), _COOLEST), 1.0)
+    short = min(max(1 - math.log10(epochs), 0.0), 1.0)
+    return base * min(max(growth, _RANGE[0]), _RANGE[1]) * math.pow(heat, short)

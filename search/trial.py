@@ -16,7 +16,6 @@ from search.bench import Bench, Report, read_weights
 from search.export import save_weights
 from search.layout import channels_last
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
-from search.recipe import peak_rate
 from search.reconstruct import recalibrate_batch_norm, reconstruct
 from search.sequential import train_blocks
 from search.spec import (
@@ -204,12 +203,7 @@ def _train(
     if epochs == 0:
         return
     scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
-    recipe = recipe.model_copy(
-        update={
-            "learning_rate": scale * peak_rate(recipe, bench.original, epochs),
-            "sequential_learning_rate": scale * recipe.sequential_learning_rate,
-        }
-    )
+    recipe = recipe.model_copy(update={"sequential_learning_rate": scale * recipe.sequential_learning_rate})
     how = _How(
         seed=_seed(bench.spec.search.seed, work.number, work.rung),
         metric=bench.metric,
@@ -240,6 +234,7 @@ def _train(
             checkpoint=checkpoint,
             runtime=runtime,
             before=tuned,
+            rate_scale=scale,
             **how,
         )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome

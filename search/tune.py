@@ -39,7 +39,7 @@ SMOOTHING = 0.9
 """Of the loss that is watched for divergence."""
 BLOW_UP = 2.0
 """Diverged: the smoothed loss exceeds this many times the larger of its start and the trivial answer's loss."""
-REBUILDING_STEPS = 200
+REBUILDING_STEPS = 60
 """Shorter runs do not look for layers that train quicker through their dense weight: looking takes some ten steps."""
 EVALUATIONS = 40
 """At most so many looks at the select split in a run (never more than one an epoch)."""
@@ -89,6 +89,8 @@ class _State:
     """All that changes during a run, besides tensors."""
 
     step: int = 0
+    peak: float = 0.0
+    """Of the rate."""
     rate_scale: float = 1.0
     recoveries: int = 0
     rebuilt: tuple[str, ...] = ()
@@ -129,6 +131,7 @@ def fine_tune(
     patience: int | None = None,
     keep: Literal["best", "last"] = "best",
     before: Tuned | None = None,
+    rate_scale: float = 1.0,
 ) -> Tuned:
     """Train ``module`` in place towards ``original``; it ends with the best weights seen on ``data.select``.
 
@@ -138,12 +141,13 @@ def fine_tune(
     compare with it. ``patience``: stop after so many evaluations in a row without a better one. ``keep``: with
     ``"last"`` it ends with the last weights instead, for a select split that the original was trained on: what a
     network still remembers of those rows looks better there than anything that it learns. ``before``: what training
-    made ``module`` what it is; its curve and epochs open this run's.
+    made ``module`` what it is; its curve and epochs open this run's. ``rate_scale``: of all learning rates.
 
     Divergence (a non-finite loss or gradient, or a loss far above a trivial answer's) goes back to the best weights
     and a quarter of the rate, once; the second time the run ends as ``Outcome.DIVERGED``.
     """
-    run = _Training(module, original, data, recipe, epochs, seed, metric, runtime or Runtime(), reference, keep)
+    runtime = runtime or Runtime()
+    run = _Training(module, original, data, recipe, epochs, seed, metric, runtime, reference, keep, rate_scale)
     if before is not None:
         run.state.curve = [record.model_dump() for record in before.curve]
         run.state.before, run.state.after, run.state.notes = before.epochs, before.fingerprint, [*before.notes]
@@ -211,16 +215,16 @@ class _Training:
         runtime: Runtime,
         reference: Tensor | None,
         keep: Literal["best", "last"],
+        rate_scale: float,
     ) -> None:
-        self.module, self.original, self.data, self.recipe = module, original, data, recipe
+        self.module, self.original, self.data, self.recipe, self.epochs = module, original, data, recipe, epochs
         self.seed, self.metric, self.runtime, self.reference, self.keep = seed, metric, runtime, reference, keep
-        self.epochs, self.peak = epochs, peak_rate(recipe, original, epochs)
         size = len(data.train)
         self.batch = runtime.fixed_batch or min(recipe.batch_size, size)
         self.per_epoch = max(1, size // self.batch)
         self.total = max(1, round(epochs * self.per_epoch)) if epochs > 0 else 0
         self.evaluate_every = max(self.per_epoch, math.ceil(self.total / EVALUATIONS))
-        self.state = _State()
+        self.state = _State(rate_scale=rate_scale)
         self.precision = Precision.FLOAT32
 
     @property
@@ -234,7 +238,7 @@ class _Training:
         torch.manual_seed(self.seed)
         self.module.to(self.runtime.device)
         self.original.to(self.runtime.device).eval()
-        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original), self.peak)
+        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original))
         inputs, _ = self._to_device(next(stream(self.data.train, self.batch, self.seed, 0)))
         with torch.no_grad():
             teacher = self._answer(self.original, inputs).float()
@@ -243,7 +247,7 @@ class _Training:
         )
         stored = self._stored(checkpoint)
         if stored is None:
-            self._begin(inputs)
+            self._begin(inputs, teacher)
         else:
             self._resume(*stored, inputs)
         self.precision.prepare(self.module)
@@ -256,7 +260,8 @@ class _Training:
             notes.append("the checkpoint belonged to another run: training began anew")
         return tuple(notes)
 
-    def _begin(self, inputs: tuple[Tensor, ...]) -> None:
+    def _begin(self, inputs: tuple[Tensor, ...], teacher: Tensor) -> None:
+        self.state.peak = peak_rate(self.recipe, self.original, self.epochs, self._distance(inputs, teacher))
         self._find_pace(inputs)
         torch.manual_seed(self.seed)
         self.average = _copy(self.module.state_dict()) if self.recipe.ema else {}
@@ -264,6 +269,15 @@ class _Training:
         start = self._evaluate()
         if start.finite:
             self.state.best = self._rank(start)
+
+    def _distance(self, inputs: tuple[Tensor, ...], teacher: Tensor) -> float:
+        """How much there is to learn: the start's distillation loss over the trivial answer's."""
+        self.module.eval()
+        with torch.no_grad():
+            answer = self._answer(self.module, inputs).float()
+        trivial = trivial_answer(self.data.task, self.metric, teacher)
+        mine, whole = (float(self.loss_of(y, teacher, None)) for y in (answer, trivial))
+        return mine / whole if whole > 0 and math.isfinite(mine) else 1.0
 
     def _find_pace(self, inputs: tuple[Tensor, ...]) -> None:
         """Choose whatever makes steps quick on this device."""
@@ -339,7 +353,7 @@ class _Training:
     def _step(self, batch: Batch) -> bool:
         """One update; False when it showed divergence (the weights are then not changed)."""
         inputs, labels = batch
-        rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.peak)
+        rate = self.state.rate_scale * learning_rate(self.state.step, self.total, self.state.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
@@ -376,7 +390,7 @@ class _Training:
     def _recover(self) -> None:
         self.module.load_state_dict(self.best)
         self.average = _copy(self.best) if self.recipe.ema else {}
-        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original), self.peak)
+        self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original))
         self.state.recoveries += 1
         self.state.rate_scale *= 0.25
         self.state.smoothed = None
@@ -484,10 +498,8 @@ class Clock:
         return f"{pace * (self.total - step):.0f} s left"
 
 
-def _optimizer(
-    module: nn.Module, recipe: FineTune, kind: Literal["sgd", "adamw"], peak: float
-) -> torch.optim.Optimizer:
-    """Biases and norms (one axis) are not decayed."""
+def _optimizer(module: nn.Module, recipe: FineTune, kind: Literal["sgd", "adamw"]) -> torch.optim.Optimizer:
+    """Biases and norms (one axis) are not decayed. Each step sets the rate."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -495,8 +507,8 @@ def _optimizer(
     ]
     groups = [g for g in groups if g["params"]]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=peak)
-    return torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

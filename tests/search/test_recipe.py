@@ -19,6 +19,16 @@ def test_the_optimizer_follows_from_the_layers_unless_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize(("epochs", "rate"), [(0.1, 0.02), (10, 0.02), (60, 0.04), (1000, 0.04)])
 def test_a_longer_training_has_a_higher_peak(epochs: float, rate: float) -> None:
-    assert peak_rate(FineTune(), CONVOLUTIONAL, epochs) == pytest.approx(rate, rel=0.03)
-    assert peak_rate(FineTune(), ATTENTION, epochs) == pytest.approx(rate / 20, rel=0.03)
-    assert peak_rate(FineTune(learning_rate=0.3), CONVOLUTIONAL, epochs) == 0.3
+    assert peak_rate(FineTune(), CONVOLUTIONAL, epochs, distance=1.0) == pytest.approx(rate, rel=0.03)
+    assert peak_rate(FineTune(), ATTENTION, epochs, distance=1.0) == pytest.approx(rate / 20, rel=0.03)
+    assert peak_rate(FineTune(learning_rate=0.3), CONVOLUTIONAL, epochs, distance=0.0) == 0.3
+
+
+def test_a_short_training_is_the_cooler_the_better_its_start_is() -> None:
+    def peaks(epochs: float) -> list[float]:
+        return [peak_rate(FineTune(), CONVOLUTIONAL, epochs, q) for q in (0.0, 0.01, 0.04, 0.3, 2.0)]
+
+    assert peaks(0.5) == pytest.approx([0.002, 0.00365, 0.0073, 0.02, 0.02], rel=0.01)
+    assert peaks(0.5) == peaks(1.0)
+    assert all(short <= longer for short, longer in zip(peaks(1), peaks(3), strict=True))
+    assert len(set(peaks(10))) == 1, "a long training brings back what a high rate costs"
