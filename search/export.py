@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -48,6 +48,7 @@ class Signature(Protocol):
     @property
     def batch(self) -> Literal["any"] | int: ...
     def example(self, batch: int) -> tuple[Tensor, ...]: ...
+    def given(self, name: str) -> str: ...
 
 
 def export_all(
@@ -89,26 +90,30 @@ def round_weights(module: nn.Module, lifted: Signature, storages: Sequence[Stora
         return {storage: narrowed(torch.export.load(graph), storage) for storage in storages}
 
 
-def save_weights(module: nn.Module, plan: Plan, path: Path) -> Path:
-    """All tensors of ``module`` by name, with the plan in the header.
+def save_weights(module: nn.Module, plan: Plan, path: Path, given: Callable[[str], str] = str) -> Path:
+    """All tensors of ``module`` by the names that ``given`` makes of its own, with the plan in the header.
 
     What the layers of one site share is stored once, under the first one's name: the plan tells who shares it. Other
     tied tensors are stored under each name, for a user's own network may not tie them.
     """
     again = _shared_before(module)
     tensors = {
-        name: t.detach().to("cpu", copy=True).contiguous()
+        given(name): t.detach().to("cpu", copy=True).contiguous()
         for name, t in module.state_dict().items()
         if name not in again
     }
     # One key only: safetensors writes several in random order, and equal networks should be equal files.
-    save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan))})
+    save_file(tensors, str(path), metadata={"plan": json.dumps(plan_json(plan, given))})
     return path
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """What ``tenfold.apply`` takes: ``{site: {"method", "ranks", "options"}}``."""
-    return {site: chosen.model_dump(mode="json") for site, chosen in sorted(plan.items())}
+def plan_json(plan: Plan, given: Callable[[str], str] = str) -> dict[str, Any]:
+    """What ``tenfold.apply`` takes: ``{site: {"method", "ranks", "options"}}``. ``given``: as in ``save_weights``."""
+    entries = {}
+    for site, chosen in sorted(plan.items()):
+        members = {given(name): place for name, place in chosen.members.items()}
+        entries[given(site)] = chosen.model_copy(update={"members": members}).model_dump(mode="json")
+    return entries
 
 
 def write_pt2(module: nn.Module, lifted: Signature, path: Path) -> Path:
@@ -202,10 +207,13 @@ def _write_graphs(module: nn.Module, lifted: Signature, stem: Path, formats: Seq
 
 
 def _write_weights(module: nn.Module, original: nn.Module, plan: Plan, lifted: Signature, out: Path) -> list[Path]:
-    weights = save_weights(module, plan, out / "model.safetensors")
+    """With the user's own names: these files are for the user's own network."""
+    weights = save_weights(module, plan, out / "model.safetensors", lifted.given)
     recipe = out / "plan.json"
-    recipe.write_text(json.dumps(plan_json(plan), indent=1) + "\n", encoding="utf-8")
-    again = apply(original, json.loads(recipe.read_text(encoding="utf-8")), load_file(weights)).eval()
+    recipe.write_text(json.dumps(plan_json(plan, lifted.given), indent=1) + "\n", encoding="utf-8")
+    here = {lifted.given(name): name for name in module.state_dict()}
+    tensors = {here[name]: t for name, t in load_file(weights).items()}
+    again = apply(original, plan_json(plan), tensors).eval()
     example = lifted.example(2 if lifted.batch == "any" else lifted.batch)
     with torch.no_grad():
         gap = float((forward(again, example) - forward(module, example)).abs().max())

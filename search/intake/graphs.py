@@ -6,6 +6,7 @@ from typing import Any
 from search.errors import Refused
 from search.intake.allowed import DROPPED, HIGHER_ORDER, PYTHON_OPS, aten_allowed
 from search.intake.expressions import clean_expression
+from search.intake.names import Names
 
 __all__ = ["GraphVetter", "clean_argument_name", "clean_dtype", "clean_float", "clean_int"]
 
@@ -28,7 +29,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,400}\Z")
 _STRING = re.compile(r"[a-z_]{0,24}\Z")
 _EQUATION = re.compile(r"[A-Za-z,.\-> ]{1,200}\Z")
 _OVERLOAD = re.compile(r"[A-Za-z0-9_]{1,40}\Z")
-_PATH = re.compile(r"[A-Za-z0-9_.@]{0,500}\Z")
+_PATH = re.compile(r"(?=.{0,400}\Z)(?:[^.,;\[\]]+(?:\.[^.,;\[\]]+)*)?\Z", re.DOTALL)
+_REPEATED = re.compile(r"@\d+")
+"""How torch marks a path at every call but the first."""
 _TYPE = re.compile(r"[A-Za-z0-9_.<>\[\]]{1,300}\Z")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _DTYPES = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13})
@@ -155,8 +158,9 @@ def _optional_tensor(value: object) -> dict[str, Any]:
 class GraphVetter:
     """Counts nodes over all nested graphs. ``graph`` raises ``Refused`` at the first thing that is not allowed."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names) -> None:
         self.nodes = 0
+        self._names = names
 
     def graph(self, value: dict[str, Any], depth: int = 0) -> dict[str, Any]:
         if depth > _NESTING_MAX:
@@ -342,7 +346,8 @@ class GraphVetter:
         for entry in stack.split(";"):
             parts = entry.split(",")
             if len(parts) == 3 and _PATH.match(parts[1]) and _TYPE.match(parts[2]):
-                kept.append(f"k{len(kept)},{parts[1]},{parts[2].translate(_NO_BRACKETS)}")
+                path = self._names(_REPEATED.sub("", parts[1])) if parts[1] else ""
+                kept.append(f"k{len(kept)},{path},{parts[2].translate(_NO_BRACKETS)}")
         return {"nn_module_stack": ";".join(kept)} if kept else {}
 
 

@@ -32,10 +32,17 @@ class LiftedModel:
     """An integer when the network runs at that batch size only."""
     locked: dict[str, str] = field(default_factory=dict)
     """Layers that must stay as they are, and why (shared weights)."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """What is called otherwise here: its name to the last part of the user's (see ``search.intake.names``)."""
     sizes: tuple[tuple[int, ...], ...] = ()
     """The inputs' shapes at export: what ``example`` uses where ``inputs`` says None (besides the batch)."""
     limits: tuple[int, ...] = ()
     """For integer inputs: one more than the largest value an embedding takes (0 when no embedding reads it)."""
+
+    def given(self, name: str) -> str:
+        """The user's own name of a layer or tensor of ``module``."""
+        parts = name.split(".")
+        return ".".join(self.renamed.get(".".join(parts[: i + 1]), part) for i, part in enumerate(parts))
 
     def example(self, batch: int, *, seed: int = 0) -> tuple[Tensor, ...]:
         """Random inputs of ``batch`` samples: normal for floats, valid indices for integers, True for masks.

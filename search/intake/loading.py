@@ -32,8 +32,10 @@ def load_model(
     """
     kind = detect(path, format)
     try:
-        program = load_pt2_upload(path, scratch) if kind == "pt2" else load_pretrained(path, kind, architecture)
-        return lift_program(program, kind)
+        if kind == "pt2":
+            program, renamed = load_pt2_upload(path, scratch)
+            return lift_program(program, kind, renamed)
+        return lift_program(load_pretrained(path, kind, architecture), kind)
     except TenfoldError:
         raise
     except MemoryError:
@@ -48,7 +50,7 @@ _ADVICE = (
 )
 
 
-def lift_program(program: ExportedProgram, format: str) -> LiftedModel:
+def lift_program(program: ExportedProgram, format: str, renamed: dict[str, str] | None = None) -> LiftedModel:
     """Lift, find the batch sizes that work, and look at the outputs."""
     lifted = lift(program)
     facts = lifted.inputs
@@ -69,6 +71,7 @@ def lift_program(program: ExportedProgram, format: str) -> LiftedModel:
         "format": format,
         "skipped": lifted.skipped,
         "locked": lifted.locked,
+        "renamed": renamed or {},
         "sizes": tuple(f.shape for f in facts),
         "limits": limits,
     }

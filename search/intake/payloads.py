@@ -6,6 +6,7 @@ from typing import Any
 from search.errors import Refused
 from search.intake.archive import Archive
 from search.intake.graphs import clean_dtype
+from search.intake.names import Names
 
 __all__ = ["ITEM_SIZE", "clean_payloads"]
 
@@ -14,12 +15,11 @@ ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 10: 8, 12: 1, 13: 2
 
 _TENSORS_MAX = 50_000
 _DIMENSIONS_MAX = 8
-_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 _PREFIX = {"weights": "weight_", "constants": "tensor_"}
 
 
-def clean_payloads(archive: Archive, folder: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name to payload entry, rebuilt; and the records to copy (name in the upload to new name).
+def clean_payloads(archive: Archive, folder: str, names: Names) -> tuple[dict[str, Any], dict[str, str]]:
+    """Name (as ``names`` gives it) to payload entry, rebuilt; and the records to copy (old name to new name).
 
     Raises ``Refused``: a pickled payload, a name that is none, a view that leaves its record.
     """
@@ -31,8 +31,7 @@ def clean_payloads(archive: Archive, folder: str) -> tuple[dict[str, Any], dict[
     dtypes: dict[str, int] = {}
     clean: dict[str, Any] = {}
     for name, entry in entries.items():
-        if len(name) > 500 or not _NAME.match(name):
-            raise Refused("tensor_name", f"{name[:80]!r} is not a dotted name of letters, digits and underscores")
+        called = names(name)
         if not isinstance(entry, dict) or entry.get("use_pickle") is not False:
             raise Refused(
                 "pickled_weights", f"the tensor {name!r} is pickled: convert it to a plain tensor and export again"
@@ -50,7 +49,7 @@ def clean_payloads(archive: Archive, folder: str) -> tuple[dict[str, Any], dict[
             raise Refused("payload", f"the tensor {name!r} reads its record as another type than its neighbours")
         is_param = entry.get("is_param") is True
         records.setdefault(record, f"{_PREFIX[folder]}{len(records)}")
-        clean[name] = {"path_name": records[record], "is_param": is_param, "use_pickle": False, "tensor_meta": meta}
+        clean[called] = {"path_name": records[record], "is_param": is_param, "use_pickle": False, "tensor_meta": meta}
     return clean, records
 
 

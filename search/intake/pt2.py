@@ -16,8 +16,10 @@ from search.intake.vet import vet
 __all__ = ["load_pt2_upload"]
 
 
-def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
-    """``scratch``: a folder for the new archive, which is deleted again. Raises ``BadModel`` or ``Refused``.
+def load_pt2_upload(path: Path, scratch: Path) -> tuple[ExportedProgram, dict[str, str]]:
+    """The program, and which names are others than in the upload (see ``search.intake.names``).
+
+    ``scratch``: a folder for the new archive, which is deleted again. Raises ``BadModel`` or ``Refused``.
 
     torch's archive reader is called directly: ``torch.export.load`` falls back to an older format, and its pickles,
     when the first attempt fails.
@@ -35,7 +37,7 @@ def load_pt2_upload(path: Path, scratch: Path) -> ExportedProgram:
             for part in program.graph_module.modules():
                 if isinstance(part, fx.GraphModule):
                     _check_enumerations(part)
-            return program
+            return program, vetted.renamed
         except Refused:
             raise
         except Exception as e:  # torch raises whatever its checks happen to meet

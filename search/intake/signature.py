@@ -7,6 +7,7 @@ from typing import Any
 from search.errors import Refused
 from search.intake.expressions import is_symbol
 from search.intake.graphs import clean_argument_name, clean_bool, clean_float, clean_int
+from search.intake.names import Names
 
 __all__ = ["clean_ranges", "clean_signature"]
 
@@ -16,11 +17,11 @@ _LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def clean_signature(
-    module: dict[str, Any], graph: dict[str, Any], weights: set[str], constants: set[str]
+    module: dict[str, Any], graph: dict[str, Any], weights: set[str], constants: set[str], names: Names
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The signature, and a call graph of the root alone: flat inputs, outputs in tuples, lists and dicts.
 
-    ``weights`` and ``constants``: the names the payloads have; the signature may name no other.
+    ``weights`` and ``constants``: what the payloads are called; the signature may name no other.
     """
     signature = module.get("signature")
     if not isinstance(signature, dict):
@@ -31,7 +32,7 @@ def clean_signature(
         raise Refused("signature", "the signature and the graph disagree about the number of inputs")
     if len(outputs) != len(graph["outputs"]):
         raise Refused("signature", "the signature and the graph disagree about the number of outputs")
-    clean_inputs = [_input(s, g, weights, constants) for s, g in zip(specs, graph["inputs"], strict=True)]
+    clean_inputs = [_input(s, g, weights, constants, names) for s, g in zip(specs, graph["inputs"], strict=True)]
     clean_outputs = [_output(o, g) for o, g in zip(outputs, graph["outputs"], strict=True)]
     users = sum("user_input" in s or "constant_input" in s for s in clean_inputs)
     if not any("user_input" in s for s in clean_inputs):
@@ -53,7 +54,9 @@ def clean_signature(
     return {"input_specs": clean_inputs, "output_specs": clean_outputs}, [entry]
 
 
-def _input(spec: object, graph_input: dict[str, Any], weights: set[str], constants: set[str]) -> dict[str, Any]:
+def _input(
+    spec: object, graph_input: dict[str, Any], weights: set[str], constants: set[str], names: Names
+) -> dict[str, Any]:
     kind, inner = next(iter(spec.items())) if isinstance(spec, dict) and len(spec) == 1 else ("", None)
     if not isinstance(inner, dict):
         raise Refused("signature", f"an input is described by {str(spec)[:80]!r}")
@@ -75,25 +78,26 @@ def _input(spec: object, graph_input: dict[str, Any], weights: set[str], constan
         raise Refused("signature", f"a {kind[:20]!r} of the model is not a tensor")
     arg = graph_input["as_tensor"]
     if kind == "parameter":
-        return {"parameter": {"arg": arg, "parameter_name": _known(inner.get("parameter_name"), weights)}}
+        return {"parameter": {"arg": arg, "parameter_name": _known(inner.get("parameter_name"), weights, names)}}
     if kind == "buffer":
         persistent = inner.get("persistent") is True
-        name = _known(inner.get("buffer_name"), weights if persistent else weights | constants)
+        name = _known(inner.get("buffer_name"), weights if persistent else weights | constants, names)
         return {"buffer": {"arg": arg, "buffer_name": name, "persistent": persistent}}
     if kind == "tensor_constant":
         return {
             "tensor_constant": {
                 "arg": arg,
-                "tensor_constant_name": _known(inner.get("tensor_constant_name"), constants),
+                "tensor_constant_name": _known(inner.get("tensor_constant_name"), constants, names),
             }
         }
     raise Refused("signature", f"an input of kind {kind[:20]!r} is not read: keep tensors only")
 
 
-def _known(name: object, names: set[str]) -> str:
-    if not isinstance(name, str) or name not in names:
+def _known(name: object, held: set[str], names: Names) -> str:
+    called = names(name) if isinstance(name, str) else ""
+    if called not in held:
         raise Refused("signature", f"the graph uses the tensor {str(name)[:80]!r}, which the file does not hold")
-    return name
+    return called
 
 
 def _output(spec: object, graph_output: dict[str, Any]) -> dict[str, Any]:

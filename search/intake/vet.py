@@ -15,6 +15,7 @@ from typing import Any
 from search.errors import Refused
 from search.intake.archive import Archive
 from search.intake.graphs import GraphVetter
+from search.intake.names import Names
 from search.intake.payloads import clean_payloads
 from search.intake.signature import clean_ranges, clean_signature
 
@@ -31,6 +32,8 @@ class Vetted:
     path: Path
     torch_version: str
     nodes: int
+    renamed: dict[str, str]
+    """Names that are others than in the upload; see ``search.intake.names``."""
 
 
 def vet(upload: Path, out: Path) -> Vetted:
@@ -43,13 +46,14 @@ def vet(upload: Path, out: Path) -> Vetted:
         if not isinstance(program, dict):
             raise Refused("bad_json", "the model's description is not a JSON object: write it with tenfold.export")
         torch_version = _check_version(program)
-        weights, weight_records = clean_payloads(archive, "weights")
-        constants, constant_records = clean_payloads(archive, "constants")
+        names = Names()
+        weights, weight_records = clean_payloads(archive, "weights", names)
+        constants, constant_records = clean_payloads(archive, "constants", names)
 
         module = _member(program, "graph_module", dict)
-        graphs = GraphVetter()
+        graphs = GraphVetter(names)
         graph = graphs.graph(_member(module, "graph", dict))
-        signature, call_graph = clean_signature(module, graph, set(weights), set(constants))
+        signature, call_graph = clean_signature(module, graph, set(weights), set(constants), names)
         clean = {
             "graph_module": {
                 "graph": graph,
@@ -84,7 +88,7 @@ def vet(upload: Path, out: Path) -> Vetted:
             }
             for name, text in texts.items():
                 new.writestr(zipfile.ZipInfo(f"model/{name}"), text)
-    return Vetted(out, torch_version, graphs.nodes)
+    return Vetted(out, torch_version, graphs.nodes, names.renamed)
 
 
 def _member(parent: dict[str, Any], key: str, kind: type) -> Any:

@@ -34,6 +34,9 @@ class Called:
     def example(self, batch: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, 3, 8, 8),)
 
+    def given(self, name: str) -> str:
+        return name
+
 
 @dataclass
 class Rows:
