@@ -29,7 +29,7 @@ from db import events, jobs, models, trials
 from db.engine import Database
 from db.tables import Event
 from search.front import front
-from search.spec import Cost, JobSpec, LayerInfo, Profile, SitePlan, TrialRecord, entry_of
+from search.spec import Cost, LayerInfo, Profile, SitePlan, TrialRecord, entry_of
 
 __all__ = ["router"]
 
@@ -92,7 +92,7 @@ class EventsView(BaseModel):
 def _front(s: Session, owner: str, job_id: str, costs: Sequence[Cost]) -> FrontView:
     job = jobs.get(s, owner, job_id)
     profiles = jobs.profiles(s, owner, job_id)
-    minimize = list(costs) or list(JobSpec.model_validate(job.spec).minimize)
+    minimize = list(costs) or list(jobs.spec_of(job).minimize)
     dense = profiles[0].costs if profiles else None
     points = front(trials.all_records(s, owner, job_id), minimize, dense=dense)
     return FrontView(

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from db.jobs import UNREADABLE
 from db.overview import Overview
 from db.tables import Job, JobState, Task, TaskState, Trial
 from db.trials import latest, record
@@ -77,7 +78,7 @@ class Running(BaseModel):
 class Progress(BaseModel):
     trials_done: int
     trials_failed: int
-    trials_asked: int
+    trials_asked: int | None
     queued: int = Field(description="Tasks that wait for a worker.")
     running: list[Running]
 
@@ -95,7 +96,7 @@ class JobView(BaseModel):
     eta_seconds: float | None = Field(description="An estimate from the trials so far; null while there is none.")
     reason_code: str | None
     reason: str | None
-    spec: JobSpec
+    spec: JobSpec | None = Field(description="Null where this version cannot read it; ``reason`` says so.")
     version: int
     created_at: float
     started_at: float | None
@@ -199,8 +200,7 @@ def _running(task: Task) -> Running:
 
 def job_view(job: Job, seen: Overview, now: float) -> JobView:
     """``now``: the database's clock."""
-    spec = JobSpec.model_validate(job.spec)
-    profile = seen.profile
+    spec, profile = seen.spec, seen.profile
     path = f"/v1/jobs/{job.id}"
     return JobView(
         id=job.id,
@@ -212,15 +212,15 @@ def job_view(job: Job, seen: Overview, now: float) -> JobView:
         progress=Progress(
             trials_done=seen.measured,
             trials_failed=seen.failed,
-            trials_asked=spec.search.trials,
+            trials_asked=None if spec is None else spec.search.trials,
             queued=sum(task.state is TaskState.QUEUED for task in seen.tasks),
             running=[_running(task) for task in seen.tasks if task.state is TaskState.RUNNING],
         ),
         baseline=None if profile is None else baseline_view(profile),
         best=None if seen.best is None else best_view(seen.best),
-        eta_seconds=_eta(job, spec, seen, now),
-        reason_code=job.reason_code,
-        reason=job.reason,
+        eta_seconds=None if spec is None else _eta(job, spec, seen, now),
+        reason_code=job.reason_code if seen.readable else "unreadable_job",
+        reason=job.reason if seen.readable else UNREADABLE,
         spec=spec,
         version=job.version,
         created_at=job.created_at,

@@ -34,6 +34,7 @@ from search.errors import BadRequest
 from search.spec import ExportWork, JobSpec, Profile, SearchSpec, TrialState
 
 __all__ = [
+    "UNREADABLE",
     "Snapshot",
     "add",
     "advance_snapshot",
@@ -51,7 +52,12 @@ __all__ = [
     "ready_to_advance",
     "request_export",
     "resume",
+    "spec_of",
 ]
+
+UNREADABLE = (
+    "this version of Tenfold cannot read what is stored of this job: start the version that wrote it, or delete the job"
+)
 
 
 def add(s: Session, owner: str, *, model_id: str, dataset_id: str, name: str, spec: JobSpec, queue: str = "cpu") -> Job:
@@ -99,6 +105,14 @@ def get(s: Session, owner: str, job_id: str) -> Job:
 def page(s: Session, owner: str, cursor: str | None = None, limit: int = 100) -> Page[Job]:
     """Newest first."""
     return newest_first(s, select(Job).where(Job.owner == owner), Job.created_at, Job.id, cursor, limit)
+
+
+def spec_of(job: Job) -> JobSpec:
+    """Raises ``Conflict`` (``unreadable_job``) for what another version wrote."""
+    try:
+        return JobSpec.model_validate(job.spec)
+    except ValidationError:
+        raise Conflict("unreadable_job", UNREADABLE) from None
 
 
 def live_count(s: Session, owner: str) -> int:
@@ -165,7 +179,7 @@ def resume(s: Session, owner: str, job_id: str) -> Job:
 def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | None = None) -> Job:
     """More trials (and, where the job has a limit, more hours) for one that is done or has failed: wake its queue.
 
-    Raises ``Conflict`` (``job_not_extendable``) and ``BadRequest`` (``bad_extension``).
+    Raises ``Conflict`` (``job_not_extendable``, ``unreadable_job``) and ``BadRequest`` (``bad_extension``).
     """
     job = _locked(s, owner, job_id)
     if job.state not in (JobState.DONE, JobState.FAILED):
@@ -174,7 +188,7 @@ def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | N
         if asset is None or asset.state is AssetState.REJECTED:
             reason = "" if asset is None else asset.reason
             raise Conflict("job_not_extendable", f"job {job.id} cannot go on, what it works on was rejected: {reason}")
-    spec = JobSpec.model_validate(job.spec)
+    spec = spec_of(job)
     more: dict[str, int | float] = {"trials": spec.search.trials + trials}
     if spec.search.hours is not None:
         spent = job.spent_seconds / 3600

@@ -1,8 +1,11 @@
 """What a list of jobs shows of each, in a fixed number of small queries however many trials there are."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
+from pydantic import ValidationError
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
@@ -10,13 +13,19 @@ from db import jobs
 from db.lifecycle import LIVE
 from db.tables import Job, ProfileRow, Task, Trial
 from db.trials import record
-from search.spec import Profile, Rung, TrialRecord, TrialState
+from search.spec import JobSpec, Profile, Rung, TrialRecord, TrialState
 
 __all__ = ["Overview", "job_counts", "overviews", "stamp", "task_counts"]
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class Overview:
+    readable: bool = True
+    """False where another version wrote what this one cannot read; that is None below."""
+    spec: JobSpec | None = None
     profile: Profile | None = None
     """Of stage 0: the original network."""
     best: TrialRecord | None = None
@@ -32,12 +41,22 @@ class Overview:
 def overviews(s: Session, rows: Sequence[Job]) -> dict[str, Overview]:
     """By job id."""
     found = {job.id: Overview() for job in rows}
+
+    def read(job_id: str, content: Callable[[], T]) -> T | None:
+        try:
+            return content()
+        except ValidationError:
+            found[job_id].readable = False
+            return None
+
+    for job in rows:
+        found[job.id].spec = read(job.id, partial(JobSpec.model_validate, job.spec))
     profiles = select(ProfileRow).where(ProfileRow.job_id.in_(found), ProfileRow.stage == 0)
     for profile in s.scalars(profiles):
-        found[profile.job_id].profile = Profile.model_validate(profile.content)
+        found[profile.job_id].profile = read(profile.job_id, partial(Profile.model_validate, profile.content))
     chosen = [(job.id, job.best) for job in rows if job.best is not None]
     for trial in s.scalars(select(Trial).where(tuple_(Trial.job_id, Trial.number).in_(chosen))) if chosen else ():
-        found[trial.job_id].best = record(trial)
+        found[trial.job_id].best = read(trial.job_id, partial(record, trial))
     columns = (Trial.job_id, Trial.state, Trial.rung)
     for job_id, state, rung, count in s.execute(
         select(*columns, func.count()).where(Trial.job_id.in_(found)).group_by(*columns)

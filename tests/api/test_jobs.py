@@ -1,6 +1,6 @@
 import pytest
 
-from db import jobs, tasks
+from db import jobs, tasks, trials
 from db.tables import AssetState, Dataset
 from search.decompose import JOINT_METHODS, METHODS
 from search.spec import METHOD_NAMES, Rung, TrialWork
@@ -64,6 +64,40 @@ def test_a_trial_taken_further_still_counts_as_done(service):
 def test_the_verdict_on_unseen_data_is_told(service):
     best = service.get(f"/v1/jobs/{service.done_job()}").json()["best"]
     assert (best["verified"], best["keeps_budget"], best["verify_value"]) == (True, True, 0.885)
+
+
+def write_as_another_version(service, job):
+    with service.db.begin() as s:
+        row = jobs.get(s, service.owner, job)
+        row.spec = {**row.spec, "budget": {"max_drop": "a lot"}}
+
+
+def test_a_job_of_another_version_is_listed_with_a_message_beside_the_others(on_both):
+    theirs, mine = on_both.new_job(), on_both.new_job()
+    write_as_another_version(on_both, theirs)
+    seen = {job["id"]: job for job in on_both.get("/v1/jobs").json()["items"]}
+    assert (seen[mine]["reason"], seen[mine]["progress"]["trials_asked"]) == (None, 4)
+    unread = seen[theirs]
+    assert (unread["state"], unread["spec"], unread["reason_code"]) == ("queued", None, "unreadable_job")
+    assert "start the version that wrote it" in unread["reason"]
+    assert on_both.get(f"/v1/jobs/{theirs}").json() == unread
+
+
+def test_a_trial_of_another_version_does_not_hide_the_job(service):
+    job = service.done_job()
+    with service.db.begin() as s:
+        trials.get(s, service.owner, job, 0).results = {"full": {"costs": "low"}}
+    seen = service.get(f"/v1/jobs/{job}").json()
+    assert (seen["state"], seen["best"], seen["reason_code"]) == ("done", None, "unreadable_job")
+    assert seen["spec"]["search"]["trials"] == 4
+
+
+def test_a_job_of_another_version_is_not_worked_with_but_may_go(service):
+    job = service.done_job()
+    write_as_another_version(service, job)
+    for reply in (service.post(f"/v1/jobs/{job}/extend", json={"trials": 2}), service.get(f"/v1/jobs/{job}/front")):
+        assert (reply.status_code, reply.json()["code"]) == (409, "unreadable_job")
+    assert service.delete(f"/v1/jobs/{job}").status_code == 204
 
 
 @pytest.mark.parametrize("noun", ["model", "dataset"])

@@ -56,6 +56,21 @@ def test_a_job_without_results_shows_no_empty_charts(page: Page, service: Servic
     expect(page.locator("h1 + .badge")).to_have_text("cancelled")
 
 
+def test_a_job_of_another_version_is_shown_with_what_to_do(page: Page, service: Service) -> None:
+    job = service.workers.job("from the future")
+    with service.db.begin() as s:
+        row = lock_job(s, job)
+        assert row is not None
+        row.spec = {**row.spec, "methods": 3}
+    page.goto(f"{service.url}/#/jobs")
+    listed = page.get_by_role("row").filter(has_text="from the future")
+    expect(listed).to_contain_text("start the version that wrote it")
+    page.get_by_role("link", name="from the future").click()
+    expect(page.get_by_role("status").filter(has_text="start the version that wrote it")).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("h1 + .badge")).to_have_text("cancelled")
+
+
 def test_the_lists_stay_live(page: Page, service: Service) -> None:
     page.goto(f"{service.url}/#/jobs")
     job = service.workers.job("came later")

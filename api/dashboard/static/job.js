@@ -65,10 +65,11 @@ export async function jobPage(main, signal, id) {
   };
   let catching = null;
   await follow(base, (fresh) => {
-    if (!job) cost.value = fresh.spec.minimize[0];
+    if (!job) cost.value = fresh.spec?.minimize[0] ?? "parameters";
     job = fresh;
     drawHead(head, job, base, behind);
-    catching ??= catchUp().finally(() => { catching = null; });
+    if (job.reason_code === "unreadable_job") main.replaceChildren(head);
+    else catching ??= catchUp().finally(() => { catching = null; });
   }, signal);
 }
 
@@ -114,7 +115,7 @@ function drawHead(head, job, base, behind) {
     h("div", { class: "bar", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-valuemin": "0", "aria-valuemax": "100" }, h("i", { style: `width:${100 * done}%` })),
     h("p", { class: "muted" }, [`${p.trials_done ?? 0} of ${p.trials_asked ?? "–"} trials`, running, !ENDED.includes(job.state) && job.eta_seconds != null ? `about ${duration(job.eta_seconds)} left` : "",
       behind && `what follows may be old: ${behind}`].filter(Boolean).join(" · ")),
-    job.reason ? h("div", { class: `notice ${job.state === "failed" ? "bad" : ""}`, role: "status" }, job.reason) : "",
+    job.reason ? h("div", { class: `notice ${job.state === "failed" || job.reason_code === "unreadable_job" ? "bad" : ""}`, role: "status" }, job.reason) : "",
     h("div", { class: "figures" },
       figure("Original", value(baseline?.value, metric), `${count(baseline?.costs.parameters)} parameters`),
       figure("Best", value(best?.value, metric), best ? drop(best.drop, metric) : "nothing yet"),

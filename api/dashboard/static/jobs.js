@@ -18,7 +18,7 @@ function draw(main, jobs, more) {
   }
   const columns = [
     { name: "Name", show: (j) => h("a", { href: `#/jobs/${j.id}` }, j.name) },
-    { name: "State", show: (j) => badge(j.state) },
+    { name: "State", wrap: true, show: (j) => h("span", {}, badge(j.state), j.reason_code === "unreadable_job" ? h("p", { class: "muted" }, j.reason) : null) },
     { name: "Trials", num: true, show: (j) => `${j.progress?.trials_done ?? 0} / ${j.progress?.trials_asked ?? "–"}` },
     { name: "Original", num: true, show: (j) => value(j.baseline?.value, j.baseline?.metric) },
     { name: "Best so far", num: true, show: (j) => value(j.best?.value, j.baseline?.metric) },
