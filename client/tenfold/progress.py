@@ -1,7 +1,9 @@
 """A job's progress in the terminal: stage, trial, best so far, time left."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +16,15 @@ from .errors import JobFailed
 from .plotting import FRACTIONS
 from .resources import Job, JobOperations
 
-__all__ = ["before_and_after", "figures", "shown", "watch"]
+__all__ = ["Lines", "before_and_after", "figures", "shown", "watch"]
 
+PAUSE = 60.0
+"""Seconds between lines that tell how far a long step is."""
 _ORDER = ("queued", "profiling", "searching", "refining", "exporting", "done")
 
 
 def watch(job: Job, *, console: Console | None = None, timeout: float | None = None) -> Job:
-    """Show the job live until it ends, also where there is no terminal (then a line at each change).
+    """Show the job live until it ends, also where there is no terminal (see ``Lines``).
 
     Returns the job in whatever state it ended; raises ``WaitTimeout`` only.
     """
@@ -34,7 +38,7 @@ def shown(job: JobOperations[Any], console: Console | None = None) -> Iterator[C
     """Gives the function that shows the job's present state: what ``on_change`` of ``wait`` is made for."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield Lines(console)
         return
     progress = Progress(
         TextColumn("[bold]{task.fields[state]:<9}[/]"),
@@ -53,18 +57,21 @@ def shown(job: JobOperations[Any], console: Console | None = None) -> Iterator[C
         yield draw
 
 
-class _Lines:
-    """A line at each change."""
+class Lines:
+    """A line when the job's state changes or its best candidate does; of all else one a minute. For files and logs."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.last = ""
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self.known: tuple[Any, ...] = ()
+        self.last, self.at = "", -inf
 
     def __call__(self, now: JobOperations[Any]) -> None:
-        line = f"{now.state:<9} {_line(now.data)}"
+        line, at = f"{now.state:<9} {_line(now.data)}", self.clock()
+        known = (now.state, figures(now.data.get("best") or {}, now.data.get("baseline")))
         # The time left changes at every look; a line for that alone would only be noise.
-        if line.split(" · about")[0] != self.last:
-            self.last = line.split(" · about")[0]
+        said = line.split(" · about")[0]
+        if known != self.known or (said != self.last and at - self.at >= PAUSE):
+            self.known, self.last, self.at = known, said, at
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
