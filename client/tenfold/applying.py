@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import factorized_like, members_like
+from .layers import FactorizedLayer, factorized_like, members_like
 from .layers.attention import open_attention
+from .layers.tied import readable
 
 __all__ = ["apply"]
 
@@ -18,7 +19,8 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     Args:
         module: the original network, as it was uploaded; it is not changed.
         plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``). An entry with
-            ``members`` (layer name to place) replaces those layers by ones that share factors.
+            ``members`` (layer name to place) replaces those layers by ones that share factors. A member such as
+            ``embed.weight`` is no layer: the network's own code multiplies with the weight of ``embed``.
         tensors: every tensor of the compressed network by name (``model.safetensors``); shared ones under one name.
 
     An ``nn.MultiheadAttention`` whose projections are among them becomes an ``Attention``, which calls them.
@@ -36,14 +38,7 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     replaced = {name for site, entry in plan.items() for name in entry.get("members") or (site,)}
     open_attention(network, replaced | tensors.keys())
     for site, entry in plan.items():
-        members = entry.get("members") or {}
-        layers = {name: _layer(network, name) for name in members or (site,)}
-        new: Mapping[str, nn.Module]
-        if members:
-            new = members_like(layers, entry["method"], entry["ranks"], members)
-        else:
-            new = {site: factorized_like(layers[site], entry["method"], entry["ranks"])}
-        for name, layer in new.items():
+        for name, layer in _made(network, site, entry).items():
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, layer)
     missing, unexpected = network.load_state_dict(dict(tensors), strict=False)
@@ -59,8 +54,24 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     return network
 
 
+def _made(network: nn.Module, site: str, entry: Mapping[str, Any]) -> dict[str, FactorizedLayer]:
+    members = entry.get("members") or {site: ()}
+    # Beside a layer, its weight is a member where the network's own code multiplies with it.
+    read = {f"{name}.weight" for name in members} & members.keys()
+    layers = {name: _layer(network, name) for name in members if name not in read}
+    if len(layers) > 1:
+        places = {name: members[name] for name in layers}
+        new = members_like(layers, entry["method"], entry["ranks"], places)
+    else:
+        new = {name: factorized_like(layer, entry["method"], entry["ranks"]) for name, layer in layers.items()}
+    return {name: readable(layer) if f"{name}.weight" in read else layer for name, layer in new.items()}
+
+
 def _layer(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
-        raise KeyError(f"the plan replaces {name!r}, but {type(module).__name__} has no such layer") from None
+        raise KeyError(
+            f"the plan replaces {name!r}, but {type(module).__name__} has no such layer; where its own code multiplies "
+            "with a weight, make that an nn.Linear before you export it, or use model.pt2"
+        ) from None

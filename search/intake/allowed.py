@@ -34,7 +34,7 @@ ATEN = _names(
     bitwise_not bitwise_xor __and__ __or__ isnan isinf isfinite where masked_fill masked_fill_ tril triu sum mean
     var std var_mean amax amin max min prod argmax argmin all any norm linalg_vector_norm logsumexp cumsum diff
     cumprod topk sort argsort median nansum view reshape _unsafe_view flatten unflatten squeeze squeeze_ unsqueeze
-    unsqueeze_ transpose transpose_ permute t numpy_T movedim swapaxes expand expand_as expand_copy repeat
+    unsqueeze_ transpose transpose_ permute t numpy_T mT movedim swapaxes expand expand_as expand_copy repeat
     repeat_interleave tile cat concat stack hstack vstack split split_with_sizes chunk unbind narrow slice select
     index index_select gather take_along_dim scatter vdot diag_embed scatter_ scatter_add_ index_add_
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa

@@ -48,6 +48,9 @@ class Lift:
     skipped: tuple[str, ...]
     locked: dict[str, str]
     """Modules that must stay as they are, and why."""
+    calls: dict[str, str]
+    """Modules that are calls of the user's own code, such as ``F.linear(x, embed.weight)``, and their tensors, to the
+    names of the weights that these read."""
 
 
 def lift(ep: ExportedProgram) -> Lift:
@@ -90,12 +93,12 @@ class _Lifter:
         self._place_modules()
         for node in self.ep.graph.nodes:
             self._emit(node)
-        self._lock()
         module = fx.GraphModule(self.root, self.graph, class_name="Lifted")
         module.graph.eliminate_dead_code()
+        self._lock({str(n.target) for n in module.graph.nodes if n.op == "get_attr"})
         stored = {t.dtype for t in self.ep.state_dict.values() if t.dtype.is_floating_point}
         make_portable(module, stored - {torch.float32})
-        return Lift(module.eval(), tuple(self.inputs), tuple(self.skipped), dict(self.locked))
+        return Lift(module.eval(), tuple(self.inputs), tuple(self.skipped), dict(self.locked), self._calls())
 
     # ---------------------------------------------------------------- tensors
 
@@ -242,12 +245,27 @@ class _Lifter:
             at = at.get_submodule(part)
         return at, leaf
 
-    def _lock(self) -> None:
-        """Layers whose weight is also used where no decomposition follows: outside them, or in a recurrent layer."""
+    def _calls(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for site in self.sites.values():
+            read = {attribute: self.source[node] for attribute, node in site.built.tensors.items()}
+            weight = read.get("weight", "")
+            # The packed weight of an nn.MultiheadAttention is no call: tenfold.apply makes a layer of it.
+            if not weight or weight.endswith("in_proj_weight") or site.built.transposed:
+                continue
+            if f"{site.name}.weight" not in self.aliases[weight]:
+                found |= {site.name: weight, **{f"{site.name}.{attribute}": name for attribute, name in read.items()}}
+        return found
+
+    def _lock(self, read: set[str]) -> None:
+        """Layers whose weight is also used where no decomposition follows: outside them, or in a recurrent layer.
+
+        ``read``: the attributes that the graph reads itself.
+        """
         for tensor, layers in self._holders().items():
             for name in layers:
                 others = [n for n in layers if n != name]
-                if tensor in self._attributes:
+                if self._attributes.get(tensor) in read:
                     self.locked[name] = "its weight is also used outside the layer"
                 elif others and {*layers.values()} != {"weight"}:
                     self.locked[name] = f"its weight is shared with {', '.join(others)}"

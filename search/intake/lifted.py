@@ -34,14 +34,16 @@ class LiftedModel:
     """Layers that must stay as they are, and why (shared weights)."""
     renamed: dict[str, str] = field(default_factory=dict)
     """What is called otherwise here: its name to the last part of the user's (see ``search.intake.names``)."""
+    calls: dict[str, str] = field(default_factory=dict)
+    """Layers that are calls of the user's own code, and their tensors: the names of the weights that these read."""
     sizes: tuple[tuple[int, ...], ...] = ()
     """The inputs' shapes at export: what ``example`` uses where ``inputs`` says None (besides the batch)."""
     limits: tuple[int, ...] = ()
     """For integer inputs: one more than the largest value an embedding takes (0 when no embedding reads it)."""
 
     def given(self, name: str) -> str:
-        """The user's own name of a layer or tensor of ``module``."""
-        parts = name.split(".")
+        """The user's own name of a layer or tensor of ``module``. A call has that of the weight that it reads."""
+        parts = self.calls.get(name, name).split(".")
         return ".".join(self.renamed.get(".".join(parts[: i + 1]), part) for i, part in enumerate(parts))
 
     def example(self, batch: int, *, seed: int = 0) -> tuple[Tensor, ...]:

@@ -72,6 +72,7 @@ def lift_program(program: ExportedProgram, format: str, renamed: dict[str, str] 
         "skipped": lifted.skipped,
         "locked": lifted.locked,
         "renamed": renamed or {},
+        "calls": lifted.calls,
         "sizes": tuple(f.shape for f in facts),
         "limits": limits,
     }

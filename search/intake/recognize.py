@@ -144,7 +144,7 @@ def _turned(node: Any) -> Any:
     if not isinstance(node, fx.Node):
         return None
     turned = (
-        node.target is aten.t.default
+        node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
         or (node.target is aten.permute.default and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]
         or (node.target is aten.transpose.int and {*node.args[1:]} in ({0, 1}, {-1, -2}))
     )

@@ -60,6 +60,20 @@ class LanguageModel(nn.Module):
         return self.head(x + torch.relu(self.again(x)))
 
 
+class OwnHead(LanguageModel):
+    """The same, whose output layer is no module: its code multiplies with the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+        self.shift = nn.Parameter(torch.zeros(WORDS))
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.embed(words)
+        x = (x + torch.relu(self.mix(x))).mean(1)
+        return nn.functional.linear(x + torch.relu(self.again(x)), self.embed.weight, self.shift)
+
+
 @dataclass
 class Job:
     session: Session
@@ -78,12 +92,16 @@ def _short_measurements() -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("tied")
+    return opened_on(LanguageModel, tmp_path_factory.mktemp("tied"))
+
+
+def opened_on(kind: type[nn.Module], folder: Path) -> Job:
+    """A job on a trained network of that kind."""
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     answers = 2 * torch.randint(WORDS // 2, (600,), generator=g)
     words = answers[:, None] + torch.randint(2, (600, 3), generator=g)
-    network = LanguageModel()
+    network = kind()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     for _ in range(200):
         rows = torch.randint(600, (64,), generator=g)
@@ -163,6 +181,33 @@ def test_a_trial_costs_what_was_predicted_and_stays_tied_through_training(job: J
     out = tmp_path / "out"
     job.session.export(done, parent, job.profile, out, front=[done])
     check_files(job, network, plan, out)
+
+
+def test_a_head_of_the_networks_own_code_is_a_member_of_the_tie_and_the_files_fit_back(tmp_path: Path) -> None:
+    job = opened_on(OwnHead, tmp_path)
+    assert {g.site for g in job.profile.groups} == {"embed+embed_2", "mix+again"}
+    dense = SitePlan(method="svd", ranks=(8,), members={"mix": (0,), "again": (1,)})
+    for place, plan in enumerate((plan_of(job), {"mix+again": dense})):
+        out = tmp_path / f"out{place}"
+        work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT, epochs=1)
+        result = job.session.trial(work, job.profile, None, None, None, out)
+        done = TrialRecord(
+            number=0, stage=0, parent=None, params={}, plan=plan, state=TrialState.DONE, rung=Rung.SHORT,
+            results={Rung.SHORT: result},
+        )  # fmt: skip
+        job.session.export(done, out / "weights.safetensors", job.profile, out, front=[done])
+        network, _ = read_weights(job.session.bench.original, out / "weights.safetensors")
+        words = torch.randint(WORDS, (4, 3))
+        expected = network.eval()(words).detach()
+        exported = torch.export.load(out / "model.pt2").module()
+        torch.testing.assert_close(exported(words), expected, rtol=1e-4, atol=1e-4)
+        assert reload.check(out / "model.onnx", out / "check.npz")["max_difference"] < 1e-4
+        tensors = load_file(out / "model.safetensors")
+        mine = tenfold.apply(job.network, json.loads((out / "plan.json").read_text()), tensors).eval()
+        torch.testing.assert_close(mine(words).detach(), expected, rtol=1e-4, atol=1e-4)
+        assert cost.parameters(mine) == cost.parameters(network) == result.costs.parameters
+        mine(words).sum().backward()
+        assert all(p.grad is not None for p in mine.parameters())
 
 
 def check_files(job: Job, network: nn.Module, plan: dict[str, SitePlan], out: Path) -> None:

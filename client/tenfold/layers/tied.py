@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .base import CONVS, TRANSPOSED, FactorizedLayer, dense_linear
 from .chains import LowRankEmbedding
 
-__all__ = ["LowRankHead", "factors_of", "tie", "tied_reason"]
+__all__ = ["LowRankHead", "factors_of", "readable", "tie", "tied_reason"]
 
 
 class LowRankHead(FactorizedLayer):
@@ -73,6 +73,17 @@ def tie(layers: Mapping[str, nn.Module], made: Mapping[str, FactorizedLayer]) ->
                 owner, _, leaf = factor.rpartition(".")
                 setattr(tied[name].get_submodule(owner), leaf, parameter)
     return tied
+
+
+def readable(layer: FactorizedLayer) -> FactorizedLayer:
+    """``layer`` with a ``weight``, its factors' product, for code that multiplies with that itself.
+
+    In place. The product is made at each look. As with torch's parametrizations, such a layer is stored by its state
+    dict, not pickled whole.
+    """
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (kind,), {"weight": property(kind.dense_weight)})
+    return layer
 
 
 def tied_reason(layers: Mapping[str, nn.Module]) -> str | None:

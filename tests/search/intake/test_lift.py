@@ -178,6 +178,53 @@ def test_a_weight_that_is_also_used_turned_round_stays_one_parameter_and_is_lock
     torch.testing.assert_close(lifted.module(x), model(x))
 
 
+HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": torch.nn.functional.linear,
+    "T": lambda x, w: x @ w.T,
+    "mT": lambda x, w: x @ w.mT,
+    "t": lambda x, w: x.matmul(w.t()),
+    "transpose": lambda x, w: torch.matmul(x, w.transpose(0, 1)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_product_with_the_embeddings_weight_is_a_layer_that_shares_it(
+    head: Callable[[Tensor, Tensor], Tensor], load: Load
+) -> None:
+    class OwnHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(30, 12)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return head(self.embed(tokens).tanh(), self.embed.weight)
+
+    model, tokens = OwnHead().eval(), torch.randint(0, 30, (2, 7))
+    lifted = load(model, (tokens,))
+    out = lifted.module.get_submodule("embed_2")
+    assert isinstance(out, nn.Linear)
+    assert out.weight is lifted.module.get_submodule("embed").weight
+    assert not lifted.locked
+    assert lifted.given("embed_2") == lifted.given("embed_2.weight") == "embed.weight"
+    torch.testing.assert_close(lifted.module(tokens), model(tokens))
+
+
+def test_an_embedding_whose_weight_is_computed_with_stays_and_says_why(load: Load) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(30, 12)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.nn.functional.linear(self.embed(tokens), self.embed.weight / 2)
+
+    model, tokens = Scaled().eval(), torch.randint(0, 30, (2, 7))
+    lifted = load(model, (tokens,))
+    assert "outside the layer" in lifted.locked["embed"]
+    assert "computed from others" in lifted.skipped[0]
+    torch.testing.assert_close(lifted.module(tokens), model(tokens))
+
+
 def test_recurrent_layers_of_one_weight_are_locked(load: Load) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
