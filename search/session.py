@@ -18,7 +18,6 @@ from search.data import fitted, read_data
 from search.errors import BadRequest
 from search.intake import first_output, last_output, load_model
 from search.layers import describe, layer_table
-from search.metrics import drop
 from search.spec import (
     Costs,
     DataInfo,
@@ -193,12 +192,13 @@ class Session:
             network, plan = trial.build(bench, record.plan, parent), record.plan
         else:
             network, plan = read_weights(bench.original, weights)
-        facts = self._facts(record, network, plan, front)
         network = trial.as_shipped(bench, network)
+        checked = trial.verified(bench, network)
+        facts = self._facts(record, network, checked, plan, front)
         rounded = export.round_weights(network, bench.lifted, bench.spec.storage)
         if rounded:
-            stored = [self._stored(storage, module) for storage, module in rounded.items()]
-            facts["storage"] = [self._stored("float32", network), *stored]
+            stored = [_stored(storage, trial.verified(bench, module)) for storage, module in rounded.items()]
+            facts["storage"] = [_stored("float32", checked), *stored]
         bench.report("writing files", 0, 1)
         files = export.export_all(network, bench.original, plan, bench.lifted, out, formats, facts, rounded)
         if ExportFormat.PT2 in formats or ExportFormat.ONNX in formats:
@@ -228,10 +228,6 @@ class Session:
             self._layers = layer_table(self.bench.lifted)
         return self._layers
 
-    def _stored(self, storage: str, module: nn.Module) -> dict[str, Any]:
-        found = trial.verified(self.bench, module)
-        return {"weights": storage, **{k: found.get(k) for k in ("verify_value", "verify_drop", "keeps_budget")}}
-
     def _write_check(self, network: nn.Module, rounded: Mapping[Storage, nn.Module], path: Path) -> Path:
         bench = self.bench
         return export.write_check(
@@ -246,14 +242,18 @@ class Session:
         )
 
     def _facts(
-        self, record: TrialRecord, network: nn.Module, plan: Plan, front: Sequence[TrialRecord]
+        self,
+        record: TrialRecord,
+        network: nn.Module,
+        checked: Mapping[str, object],
+        plan: Plan,
+        front: Sequence[TrialRecord],
     ) -> dict[str, Any]:
-        """Everything that the report says."""
+        """Everything that the report says. ``checked``: the network, as ``trial.verified`` tells."""
         bench = self.bench
         parameters, macs, stored = bench.original_costs
         now = cost.count(network, bench.example)
         mine_ms, dense_ms = trial.measure_latency(bench, network)
-        seen, checked = bench.select(network), bench.verify(network)
         full = record.results.get(Rung.FULL)
         last = full or record.results.get(record.rung)
         return {
@@ -266,8 +266,8 @@ class Session:
                 "latency_ms": dense_ms,
             },
             "after": {
-                "value": seen.value,
-                "verify_value": checked.value,
+                "value": bench.select(network).value,
+                "verify_value": checked.get("verify_value"),
                 "parameters": now.parameters,
                 "macs": now.macs,
                 "bytes": now.bytes,
@@ -277,7 +277,7 @@ class Session:
             "budget": {
                 "metric": bench.metric.value,
                 "max_drop": baseline.allowed_drop(bench.spec.budget, bench.metric, bench.on_verify.value),
-                "verify_drop": drop(bench.metric, bench.on_verify.value, checked.value) if full else None,
+                "verify_drop": checked.get("verify_drop") if full else None,
                 "verify_interval": full.verify_interval.model_dump() if full and full.verify_interval else None,
                 "keeps_budget": full.keeps_budget if full else None,
             },
@@ -312,6 +312,10 @@ class Session:
                 }
             )
         return facts
+
+
+def _stored(storage: str, checked: Mapping[str, object]) -> dict[str, Any]:
+    return {"weights": storage, **{k: checked.get(k) for k in ("verify_value", "verify_drop", "keeps_budget")}}
 
 
 def _format(file: Path) -> ExportFormat:

@@ -140,10 +140,9 @@ def as_shipped(bench: Bench, network: nn.Module) -> nn.Module:
 
 
 def measure_latency(bench: Bench, network: nn.Module) -> tuple[float, float]:
-    """Median milliseconds of a batch, on the CPU or the device and under the host's lock: the network's as it is
-    shipped, the original's."""
+    """Median milliseconds of a batch, on the CPU or the device and under the host's lock: (the network's, the
+    original's)."""
     bench.report("measuring latency", 0, 1)
-    network = as_shipped(bench, network)
     device = bench.runtime.device
     example = tuple(x.to(device) for x in bench.lifted.example(bench.latency_batch))
     try:
@@ -244,7 +243,7 @@ def _train(
 
 def _measure(bench: Bench, work: TrialWork, network: nn.Module, found: _Findings) -> None:
     if Cost.LATENCY in bench.spec.minimize or work.rung is Rung.FULL:
-        mine, dense = measure_latency(bench, network)
+        mine, dense = measure_latency(bench, as_shipped(bench, network))
         found.costs = found.costs.model_copy(update={"latency_ms": mine, "dense_latency_ms": dense})
 
 

@@ -10,9 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from search import reload
+from search import latency, reload
 from search.allocate import allocate
-from search.bench import read_weights
+from search.bench import Bench, read_weights
 from search.errors import BadBaseline, BadRequest
 from search.session import Session, inspect_data, inspect_model
 from search.spec import (
@@ -278,6 +278,25 @@ def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened,
             assert found["value"] == pytest.approx(told[storage]["verify_value"], abs=0.005)
         assert told[storage]["verify_value"] == pytest.approx(told["float32"]["verify_value"], abs=0.03)
     assert "Fewer bits" in (out / "report.html").read_text()
+
+
+def test_an_export_measures_each_network_once(
+    uploads: Uploads, job: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"storage": (Storage.INT8,)}))
+    assert session.bench.on_verify.finite
+    timed, verified = [], []
+    measure, verify = latency.measure, Bench.verify
+    monkeypatch.setattr(
+        latency, "measure", lambda *pair, **how: timed.append(pair) or measure(*pair, **how, seconds=0.1)
+    )
+    monkeypatch.setattr(Bench, "verify", lambda bench, network: verified.append(network) or verify(bench, network))
+    result = TrialResult(rung=Rung.CHEAP, value=0.9, drop=0.01, costs=job.profile.costs, seconds=1.0)
+    session.export(record(job.plan, result), None, job.profile, tmp_path / "out")
+    assert len(timed) == 2  # one layout against the other, then the better one against the original
+    assert len(verified) == 2  # with its weights as they are, and rounded
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["storage"][0]["verify_value"] == report["after"]["verify_value"]
 
 
 def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opened, tmp_path: Path) -> None:
