@@ -15,7 +15,7 @@ EXIT_CODES = "exit status: 0 done, 1 the job failed, 2 misuse, 3 the model or th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXIT_CODES
     parser.add_argument("model", type=Path, help="a .pt2 file (tenfold.export makes one), or weights alone")
-    parser.add_argument("data", type=Path, help=".npz, .safetensors, .parquet, or a zip or tar of class folders")
+    parser.add_argument("data", type=Path, help=".npz, .safetensors, .parquet, or a zip or tar of image folders")
     parser.add_argument(
         "--architecture",
         type=architecture,

@@ -1,5 +1,5 @@
 """A zip or tar of class folders: ``[train|val|test/]class/image``, labels in the alphabetical order of the classes;
-of images with masks, see ``masks``."""
+of images with masks or joints, see ``masks`` and ``joint_tables``."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,6 +9,7 @@ import numpy as np
 
 from search.data.archives import list_files, read_files
 from search.data.images import Encoded, decode, is_image_name
+from search.data.joint_tables import read_joints
 from search.data.masks import read_masks
 from search.data.raw import Raw, Rows
 from search.errors import BadData
@@ -41,6 +42,8 @@ def read_folders(path: Path, spec: DataSpec, scratch: Path) -> Raw:
         )
     if spec.task is Task.SEGMENTATION:
         return read_masks(path, images, SPLIT_FOLDERS, spec, scratch)
+    if spec.task is Task.KEYPOINTS:
+        return read_joints(path, names, images, SPLIT_FOLDERS, spec, scratch)
     if spec.task not in (Task.CLASSIFICATION, Task.FIDELITY):
         raise BadData(
             "labels_missing",

@@ -124,7 +124,10 @@ def _check_mirror(spec: DataSpec, joints: int) -> None:
 def _check_places(name: str, joints: Floats, labelled: int, counts: int, image: tuple[int, ...]) -> None:
     size = f"{image[1]}×{image[2]} (height×width)"
     if labelled == 0:
-        raise BadData("nothing_counts", f"no joint of the {name} split is labelled: the third number of each is 0.")
+        raise BadData(
+            "nothing_counts",
+            f"no joint of the {name} split is labelled: the third number of each is 0, or its cells are empty.",
+        )
     if joints[..., :2].min() >= 0 and joints[..., :2].max() <= 1 and min(image[1:]) > 4:
         raise BadData(
             "keypoints_not_pixels",
