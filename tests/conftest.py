@@ -1,4 +1,7 @@
-"""Both databases, for every part: PostgreSQL comes out of a wheel and is started once, each test gets a fresh copy."""
+"""Both databases, for every part: PostgreSQL comes out of a wheel and is started once, each test gets a fresh copy.
+
+And short measurements of latency, for the parts that carry out trials in the tests' own process.
+"""
 
 import itertools
 import os
@@ -6,6 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,6 +94,17 @@ def database(database_url: str) -> Iterator[Database]:
     made = Database(database_url)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def short_measurements() -> Iterator[None]:
+    """Latencies are measured as ever, but not for the seconds that make them steady."""
+    from search import latency  # brings torch, which most parts do without
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "WARM_S", 0.01)
+        patch.setattr(latency, "measure", partial(latency.measure, seconds=0.02, at_least=3))
+        yield
 
 
 def _fresh(server: str, how: str) -> Iterator[str]:

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import front, peers
 from search.front import dominates
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 
 def run(files: tuple[Path, Path], out: Path, *more: str) -> dict[str, Any]:
     model, data = files

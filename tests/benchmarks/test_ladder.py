@@ -13,6 +13,8 @@ from benchmarks.samplers import alone, curve, hypervolumes
 from search.session import Session
 from search.spec import Budget, Cost, Costs, DataSpec, FineTune, JobSpec, Plan, Rung, TrialRecord, TrialResult
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 
 @pytest.fixture(scope="module")
 def candidates(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Candidates:

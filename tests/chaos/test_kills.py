@@ -35,6 +35,7 @@ def test_a_job_runs_through_real_workers_and_a_real_broker(house):
     assert_ended_once_and_well(house, job_id, 6)
 
 
+@pytest.mark.long
 def test_killing_the_compute_process_costs_an_attempt_of_one_trial(house):
     house.control(steps=10)
     house.start(workers=1)
@@ -65,6 +66,7 @@ def test_killing_a_worker_ends_its_compute_process_and_another_worker_takes_over
     house.until(lambda: len(list((house.folder / "scratch").glob("run-*.lock"))) <= 1)
 
 
+@pytest.mark.long
 def test_killing_the_broker_does_not_disturb_a_job_under_way(house):
     house.control(steps=10)
     house.start(workers=2)
@@ -91,6 +93,7 @@ def test_a_broker_that_is_away_when_a_job_is_submitted_only_delays_it(house):
     assert_ended_once_and_well(house, job_id, 2)
 
 
+@pytest.mark.long
 def test_stopping_a_worker_gives_its_task_back_at_no_cost(house):
     house.control(steps=30)
     house.start(workers=2)

@@ -44,6 +44,8 @@ from search.surgery import named_sites
 from tenfold import exporting
 from tenfold.layers import JointLayer
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 GROUP = "stage.*.conv*[16x16x3x3]"
 DATA = DataSpec(transform=Transform(scale=1 / 16), validation=0.3)
 

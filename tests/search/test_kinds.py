@@ -1,6 +1,5 @@
 """Networks of other layers than Linear and Conv2d, end to end: profile, a trial that trains, exported files."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from search import latency, reload
+from search import reload
 from search.allocate import allocate
 from search.session import Session, inspect_model
 from search.spec import (
@@ -26,6 +25,8 @@ from search.spec import (
     TrialWork,
 )
 from tenfold import exporting
+
+pytestmark = pytest.mark.usefixtures("short_measurements")
 
 JOB = JobSpec(
     budget=Budget(max_drop=0.2),
@@ -102,12 +103,6 @@ def smaller(session: Session, folder: Path, fraction: float, sites: set[str]) ->
     for name in ("model.pt2", "model.onnx"):
         assert reload.check(folder / "out" / name, folder / "out" / "check.npz")["max_difference"] < 1e-4
     return profile
-
-
-@pytest.fixture(autouse=True)
-def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "WARM_S", 0.01)
-    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.02, at_least=3))
 
 
 def test_an_autoencoder_with_transposed_convolutions_gets_smaller(tmp_path: Path) -> None:

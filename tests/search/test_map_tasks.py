@@ -36,6 +36,8 @@ from search.spec import (
 )
 from tenfold import exporting
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 SIDE, ROWS = 32, 160
 JOB = JobSpec(
     budget=Budget(max_drop=0.03),

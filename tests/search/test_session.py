@@ -39,6 +39,8 @@ from search.spec import (
 )
 from tenfold import exporting
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 DATA = DataSpec(transform=Transform(scale=1 / 16), validation=0.3)
 JOB = JobSpec(
     budget=Budget(max_drop=0.02),
@@ -341,7 +343,7 @@ def test_latency_is_measured_when_it_is_minimized(uploads: Uploads, job: Opened,
 
 
 def test_fidelity_needs_no_labels(uploads: Uploads, tmp_path: Path) -> None:
-    spec = JOB.model_copy(update={"budget": Budget(max_drop=0.05)})
+    spec = JOB.model_copy(update={"budget": Budget(max_drop=0.05), "methods": ("svd",)})
     session = opened(uploads, tmp_path, spec, DATA.model_copy(update={"task": Task.FIDELITY}))
     profile = session.profile(0, None)
     assert (profile.metric, profile.value) == (Metric.OUTPUT_ERROR, 0.0)
@@ -420,7 +422,8 @@ def test_a_job_that_cannot_be_done_is_refused_on_opening(
 
 
 def test_a_min_value_becomes_a_drop_on_the_select_split(uploads: Uploads, tmp_path: Path) -> None:
-    profile = opened(uploads, tmp_path, JOB.model_copy(update={"budget": Budget(min_value=0.8)})).profile(0, None)
+    spec = JOB.model_copy(update={"budget": Budget(min_value=0.8), "methods": ("svd",)})
+    profile = opened(uploads, tmp_path, spec).profile(0, None)
     assert profile.max_drop == pytest.approx(profile.value - 0.8)
 
 
@@ -441,7 +444,8 @@ def test_rows_that_the_original_was_trained_on_are_noticed_and_at_last_learnt_fr
         x_test=x[1400:],
         y_test=noisy[1400:],
     )
-    session = Session(uploads.model, tmp_path / "d.npz", data_spec=DATA, spec=JOB, scratch=tmp_path)
+    spec = JOB.model_copy(update={"methods": ("svd",)})
+    session = Session(uploads.model, tmp_path / "d.npz", data_spec=DATA, spec=spec, scratch=tmp_path)
     profile = session.profile(0, None)
     assert "trained on the select rows" in profile.notes[0]
     plan = allocate(profile.sites, 0.35)

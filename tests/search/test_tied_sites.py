@@ -3,7 +3,6 @@
 import json
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tenfold
-from search import cost, latency, reload
+from search import cost, reload
 from search.allocate import allocate
 from search.bench import read_weights
 from search.errors import BadRequest
@@ -38,6 +37,8 @@ from search.spec import (
 )
 from search.surgery import dense_of
 from tenfold import exporting
+
+pytestmark = pytest.mark.usefixtures("short_measurements")
 
 TIE = "embed+head"
 WORDS = 60
@@ -80,14 +81,6 @@ class Job:
     profile: Profile
     network: nn.Module
     folder: Path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_measurements() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "WARM_S", 0.01)
-        patch.setattr(latency, "measure", partial(latency.measure, seconds=0.02, at_least=3))
-        yield
 
 
 @pytest.fixture(scope="module")

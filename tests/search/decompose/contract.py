@@ -1,7 +1,13 @@
-"""What every decomposition must do, whatever it is. A test class inherits ``Contract`` and names its layers."""
+"""What every decomposition must do, whatever it is. A test class inherits ``Contract`` and names its layers.
+
+Most tests see every layer. Those ``of_each_kind`` look at weights and statistics alone, or at code that is the same for
+all numbers: they leave out the layers that differ from another only by strides, dilations and paddings.
+"""
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import pytest
@@ -11,12 +17,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from search.calibrate import Statistics
 from search.decompose import METHODS, Method
+from search.spec import CurvePoint
 from tenfold.layers import FactorizedLayer, factorized_like
 from tenfold.layers.base import TRANSPOSED
 
 from .conftest import smooth_input
 
 StatisticsOf = Callable[[nn.Module, Tensor], Statistics]
+
+ALIKE = {"strided", "dilated", "unpadded", "overlapping", "padded outputs"}
+"""Layers that are of another's kind: their weights have its axes, and their geometry is of other numbers."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A layer, its data, and what the method offers for both: found once for all tests that ask."""
+
+    method: Method
+    layer: nn.Module
+    x: Tensor
+    statistics: Statistics
+
+    @cached_property
+    def curve(self) -> tuple[CurvePoint, ...]:
+        return self.method.curve(self.layer, self.statistics, 4)
+
+
+def of_each_kind(test: Callable[..., None]) -> Callable[..., None]:
+    """Leave the layers of ``ALIKE`` out."""
+    test.of_each_kind = True  # type: ignore[attr-defined]
+    return test
 
 
 def true_error(layer: nn.Module, module: nn.Module, x: Tensor) -> float:
@@ -53,12 +83,37 @@ class Contract:
     def _one_seed(self) -> None:
         torch.manual_seed(3)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def known(cls, name: str, statistics_of: StatisticsOf) -> Known:
+        layer = cls.made(name)
+        x = smooth_input(layer)
+        return Known(METHODS[cls.method], layer, x, statistics_of(layer, x))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def _plain(cls, name: str) -> FactorizedLayer:
+        layer = cls.made(name)
+        return METHODS[cls.method].factorize(layer, cls.middle(layer), None).module
+
+    @pytest.fixture
+    def plain(self, _plain: FactorizedLayer) -> FactorizedLayer:
+        """Factors of middle ranks that no data were known for, to do with as one likes."""
+        return copy.deepcopy(_plain)
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "name" in metafunc.fixturenames:
-            metafunc.parametrize("name", list(self.layers))
+            left_out = ALIKE if hasattr(metafunc.function, "of_each_kind") else set()
+            metafunc.parametrize("name", [name for name in self.layers if name not in left_out], scope="class")
 
-    def middle(self, layer: nn.Module) -> tuple[int, ...]:
-        lattice = self.m.ranks(layer)
+    @classmethod
+    def made(cls, name: str) -> nn.Module:
+        torch.manual_seed(3)
+        return cls.layers[name]()
+
+    @classmethod
+    def middle(cls, layer: nn.Module) -> tuple[int, ...]:
+        lattice = METHODS[cls.method].ranks(layer)
         return lattice[len(lattice) // 2]
 
     def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
@@ -69,37 +124,33 @@ class Contract:
             assert fit.error < 1e-4
             torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
 
-    def test_the_error_never_rises_with_rank(self, name: str, statistics_of: StatisticsOf) -> None:
-        layer = self.layers[name]()
-        statistics = statistics_of(layer, smooth_input(layer))
-        for known in (None, statistics):
-            by_cost = sorted(self.m.curve(layer, known, 4), key=lambda p: p.parameters)
+    @of_each_kind
+    def test_the_error_never_rises_with_rank(self, known: Known) -> None:
+        for curve in (self.m.curve(known.layer, None, 4), known.curve):
+            by_cost = sorted(curve, key=lambda p: p.parameters)
             errors = {p.ranks: p.error for p in by_cost}
             for low, error in errors.items():
                 for high, other in errors.items():
                     if all(a <= b for a, b in zip(low, high, strict=True)):
                         assert other <= error + 1e-9
 
-    def test_its_stated_error_is_the_error_of_its_outputs(self, name: str, statistics_of: StatisticsOf) -> None:
-        layer = self.layers[name]()
-        x = smooth_input(layer)
-        fit = self.m.factorize(layer, self.middle(layer), statistics_of(layer, x))
-        assert fit.error == pytest.approx(true_error(copy.deepcopy(layer), fit.module, x), rel=2e-3, abs=1e-5)
+    def test_its_stated_error_is_the_error_of_its_outputs(self, known: Known) -> None:
+        fit = self.m.factorize(known.layer, self.middle(known.layer), known.statistics)
+        actual = true_error(copy.deepcopy(known.layer), fit.module, known.x)
+        assert fit.error == pytest.approx(actual, rel=2e-3, abs=1e-5)
 
-    def test_a_fit_is_no_worse_than_its_point_on_the_curve(self, name: str, statistics_of: StatisticsOf) -> None:
+    @of_each_kind
+    def test_a_fit_is_no_worse_than_its_point_on_the_curve(self, known: Known) -> None:
         """To 2 %: most points of a tightened curve follow a few that were fitted."""
-        layer = self.layers[name]()
-        statistics = statistics_of(layer, smooth_input(layer))
-        for point in self.m.curve(layer, statistics, 4)[::9]:
-            assert self.m.factorize(layer, point.ranks, statistics).error <= 1.02 * point.error + 1e-6
+        for point in known.curve[::9]:
+            fit = self.m.factorize(known.layer, point.ranks, known.statistics)
+            assert fit.error <= 1.02 * point.error + 1e-6
 
-    def test_data_aware_factors_beat_plain_ones_on_the_data(self, name: str, statistics_of: StatisticsOf) -> None:
-        layer = self.layers[name]()
-        x = smooth_input(layer)
-        ranks = self.middle(layer)
-        aware = self.m.factorize(layer, ranks, statistics_of(layer, x)).module
-        plain = self.m.factorize(layer, ranks, None).module
-        assert true_error(copy.deepcopy(layer), aware, x) <= true_error(copy.deepcopy(layer), plain, x)
+    @of_each_kind
+    def test_data_aware_factors_beat_plain_ones_on_the_data(self, known: Known, plain: FactorizedLayer) -> None:
+        aware = self.m.factorize(known.layer, self.middle(known.layer), known.statistics).module
+        error, other = (true_error(copy.deepcopy(known.layer), module, known.x) for module in (aware, plain))
+        assert error <= other
 
     def test_predicted_parameters_and_macs_are_the_modules(self, name: str) -> None:
         layer = self.layers[name]()
@@ -115,29 +166,24 @@ class Contract:
             assert parameters == sum(p.numel() for p in module.parameters())
             assert macs == counter.get_total_flops() // 2
 
-    def test_every_point_has_fewer_parameters_and_no_more_macs_than_the_dense_layer(
-        self, name: str, statistics_of: StatisticsOf
-    ) -> None:
-        layer = self.layers[name]()
-        x = smooth_input(layer)
-        positions = output_positions(layer, x)
-        curve = self.m.curve(layer, statistics_of(layer, x), positions)
+    @of_each_kind
+    def test_every_point_has_fewer_parameters_and_no_more_macs_than_the_dense_layer(self, known: Known) -> None:
+        curve = self.m.curve(known.layer, known.statistics, output_positions(known.layer, known.x))
         assert 0 < len(curve) <= 60
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            layer(x[:1])
+            known.layer(known.x[:1])
         for point in curve:
-            assert point.parameters < sum(p.numel() for p in layer.parameters())
+            assert point.parameters < sum(p.numel() for p in known.layer.parameters())
             # A look-up multiplies nothing: there any factors cost MACs, and parameters are what they save.
-            assert point.macs <= counter.get_total_flops() // 2 or isinstance(layer, nn.Embedding)
+            assert point.macs <= counter.get_total_flops() // 2 or isinstance(known.layer, nn.Embedding)
 
-    def test_it_computes_what_its_dense_layer_computes(self, name: str) -> None:
+    def test_it_computes_what_its_dense_layer_computes(self, name: str, plain: FactorizedLayer) -> None:
         layer = self.layers[name]()
-        module = self.m.factorize(layer, self.middle(layer), None).module
         x = smooth_input(layer, samples=2)
-        dense = module.dense()
+        dense = plain.dense()
         assert type(dense) is type(layer)
         assert dense.weight.shape == layer.weight.shape
-        torch.testing.assert_close(dense(x), module(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dense(x), plain(x), rtol=1e-4, atol=1e-4)
 
     def test_analytic_ranks_are_as_many_as_the_methods(self, name: str) -> None:
         layer = self.layers[name]()
@@ -145,23 +191,20 @@ class Contract:
         assert len(found) == len(self.m.ranks(layer)[0])
         assert min(found) >= 1
 
-    def test_gradients_reach_every_factor(self, name: str) -> None:
-        layer = self.layers[name]()
-        module = self.m.factorize(layer, self.middle(layer), None).module
-        module(smooth_input(layer, samples=2)).square().sum().backward()
-        for parameter in module.parameters():
+    def test_gradients_reach_every_factor(self, name: str, plain: FactorizedLayer) -> None:
+        plain(smooth_input(self.layers[name](), samples=2)).square().sum().backward()
+        for parameter in plain.parameters():
             assert parameter.grad is not None
             assert parameter.grad.abs().sum() > 0
 
-    def test_its_state_reloads_into_an_untrained_one(self, name: str) -> None:
+    def test_its_state_reloads_into_an_untrained_one(self, name: str, plain: FactorizedLayer) -> None:
         layer = self.layers[name]()
-        fit = self.m.factorize(layer, self.middle(layer), None).module
-        method, ranks = fit.plan()
-        again: FactorizedLayer = factorized_like(layer, method, ranks)
-        again.load_state_dict(fit.state_dict())
+        again: FactorizedLayer = factorized_like(layer, *plain.plan())
+        again.load_state_dict(plain.state_dict())
         x = smooth_input(layer, samples=2)
-        assert torch.equal(again(x), fit(x))
+        assert torch.equal(again(x), plain(x))
 
+    @of_each_kind
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_it_follows_the_layers_precision(self, name: str, dtype: torch.dtype) -> None:
         layer = self.layers[name]().to(dtype)
@@ -173,20 +216,18 @@ class Contract:
             module(x), module.dense()(x), rtol=0.1, atol=0.5 if dtype == torch.bfloat16 else 1e-3
         )
 
-    def test_channels_last_gives_the_same(self, name: str) -> None:
+    def test_channels_last_gives_the_same(self, name: str, plain: FactorizedLayer) -> None:
         layer = self.layers[name]()
         if not isinstance(layer, nn.Conv2d):
             pytest.skip("channels-last is a layout of images")
-        module = self.m.factorize(layer, self.middle(layer), None).module
         x = smooth_input(layer, samples=2)
-        expected = module(x)
-        moved = module.to(memory_format=torch.channels_last)
+        expected = plain(x)
+        moved = plain.to(memory_format=torch.channels_last)
         torch.testing.assert_close(moved(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
 
-    def test_it_exports_without_our_classes(self, name: str) -> None:
-        layer = self.layers[name]()
-        module = self.m.factorize(layer, self.middle(layer), None).module.eval()
-        x = smooth_input(layer, samples=2)
+    @of_each_kind
+    def test_it_exports_without_our_classes(self, name: str, plain: FactorizedLayer) -> None:
+        module, x = plain.eval(), smooth_input(self.layers[name](), samples=2)
         program = torch.export.export(module, (x,))
         torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-4)
 
