@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "parameters": costs.parameters,
         "parameters_kept": round(costs.parameters / dense.parameters, 4),
         "macs": costs.macs,
