@@ -19,7 +19,7 @@ demo: $(READY)          ## train, upload, search, download, check: the whole mai
 	$(BIN)/python -m examples.demo
 
 test: $(READY)          ## the default suite
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile
 
 test-long: $(READY)     ## kills, Hugging Face lifts, PostgreSQL end to end
 	$(BIN)/python -m pytest -m long

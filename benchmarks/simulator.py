@@ -164,7 +164,13 @@ class Surface:
         drop = truth + chance.gauss(0.0, self._noise)
         seconds = epochs * self.epoch_seconds or 1.0
         result = TrialResult(
-            rung=rung, value=0.917 - drop, drop=drop, costs=self.costs(plan), seconds=seconds, epochs=epochs
+            rung=rung,
+            value=0.917 - drop,
+            drop=drop,
+            costs=self.costs(plan),
+            seconds=seconds,
+            epochs=epochs,
+            epoch_seconds=self.epoch_seconds if epochs else 0.0,
         )
         if rung is not Rung.FULL:
             return result

@@ -56,8 +56,8 @@ def full_epochs(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord],
 
 def epoch_seconds(profile: Profile, history: Sequence[TrialRecord]) -> float:
     """As the trainings of ``history`` took them; before there is one, as the profile timed it. 0: not known."""
-    trained = [r for record in history for r in record.results.values() if r.epochs > 0]
-    return statistics.median(r.seconds / r.epochs for r in trained) if trained else profile.epoch_seconds
+    paces = [r.epoch_seconds for record in history for r in record.results.values() if r.epoch_seconds > 0]
+    return statistics.median(paces) if paces else profile.epoch_seconds
 
 
 def _allowed_hours(spec: JobSpec) -> float | None:

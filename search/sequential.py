@@ -124,7 +124,7 @@ def train_blocks(
     if checkpoint is not None and not ours:
         notes = ("the checkpoint belonged to another run: training began anew", *notes)
     curve = tuple(EpochRecord(**record) for record in run.state.curve)
-    return Tuned(curve, outcome, run.done, run.precision, notes, run.fingerprint)
+    return Tuned(curve, outcome, run.done, run.precision, notes, fingerprint=run.fingerprint)
 
 
 class _Sequential:

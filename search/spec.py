@@ -576,6 +576,8 @@ class TrialResult(Value):
     costs: Costs
     seconds: float
     epochs: float = 0.0
+    epoch_seconds: float = 0.0
+    """That an epoch of training took, without what comes before and after; 0 where there was none."""
     curve: tuple[EpochRecord, ...] = ()
     verify_value: float | None = None
     verify_drop: float | None = None

@@ -66,6 +66,7 @@ class _Findings:
     seen: Evaluation | None = None
     curve: tuple[EpochRecord, ...] = ()
     epochs: float = 0.0
+    epoch_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
@@ -237,6 +238,7 @@ def _train(
             **how,
         )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
+    found.epoch_seconds = tuned.epoch_seconds
     found.notes += tuned.notes
     found.seen = bench.select(network)
 
@@ -267,6 +269,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
         costs=found.costs,
         seconds=time.monotonic() - began,
         epochs=found.epochs,
+        epoch_seconds=found.epoch_seconds,
         curve=found.curve,
         notes=tuple(found.notes),
         **checked,  # type: ignore[arg-type]

@@ -80,6 +80,8 @@ class Tuned:
     epochs: float
     precision: Precision
     notes: tuple[str, ...] = ()
+    epoch_seconds: float = 0.0
+    """That an epoch took, in this process."""
     fingerprint: str = ""
     """Of the arguments, where another training goes on from here (``fine_tune(before=…)``)."""
 
@@ -159,7 +161,8 @@ def fine_tune(
     finally:
         run.tidy()
     curve = tuple(EpochRecord(**record) for record in run.state.curve)
-    return Tuned(curve, outcome, run.done, run.precision, (*run.state.notes, *notes))
+    notes = (*run.state.notes, *notes)
+    return Tuned(curve, outcome, run.done, run.precision, notes, epoch_seconds=run.per_epoch * run.pace)
 
 
 def epoch_seconds(original: nn.Module, data: TrainingData, recipe: FineTune, runtime: Runtime) -> float:
@@ -226,6 +229,8 @@ class _Training:
         self.evaluate_every = max(self.per_epoch, math.ceil(self.total / EVALUATIONS))
         self.state = _State(rate_scale=rate_scale)
         self.precision = Precision.FLOAT32
+        self.pace = 0.0
+        """Seconds a step, looks at the select split included."""
 
     @property
     def done(self) -> float:
@@ -337,6 +342,7 @@ class _Training:
             state.step += 1
             if state.step % self.evaluate_every == 0 or state.step == self.total:
                 self._look()
+                self.pace = clock.pace(state.step)
                 if patience is not None and state.stale >= patience:
                     break
             if report is not None and clock.due():
@@ -493,9 +499,12 @@ class Clock:
         self.told = now
         return True
 
+    def pace(self, step: int) -> float:
+        """Seconds a step, so far."""
+        return (time.monotonic() - self.began) / (step - self.start)
+
     def left(self, step: int) -> str:
-        pace = (time.monotonic() - self.began) / (step - self.start)
-        return f"{pace * (self.total - step):.0f} s left"
+        return f"{self.pace(step) * (self.total - step):.0f} s left"
 
 
 def _optimizer(module: nn.Module, recipe: FineTune, kind: Literal["sgd", "adamw"]) -> torch.optim.Optimizer:

@@ -17,6 +17,9 @@ from sqlalchemy import create_engine, make_url, text
 
 from db.engine import Database
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each of the two processes
+
 _numbers = itertools.count()
 
 

@@ -57,7 +57,7 @@ def test_the_pace_of_trainings_that_were_run_counts_more_than_the_profile() -> N
     assert trained
     slow = [
         record.model_copy(
-            update={"results": {k: r.model_copy(update={"seconds": 90 * r.epochs}) for k, r in record.results.items()}}
+            update={"results": {k: r.model_copy(update={"epoch_seconds": 90.0}) for k, r in record.results.items()}}
         )
         for record in life.records
     ]
