@@ -8,9 +8,11 @@ from search.spec import DEFAULT_EPOCHS, JobSpec, Profile, Rung, TrialRecord
 __all__ = ["epoch_seconds", "full_epochs", "out_of_time", "planned_epochs", "short_epochs"]
 
 SHORT = 1.0
-"""Epochs of a promoted candidate where no hours are given."""
+"""Epochs of a promoted candidate where no hours are given, and the fewest that tell anything: a shorter training ends
+beneath a good start whatever its rate, and its time is better spent on the whole recipe."""
 LONGEST = {Rung.SHORT: 2.0, Rung.FULL: 300.0}
 SHORTEST = 0.1
+"""Of the whole recipe."""
 SEARCHING = 0.4
 """Share of the hours in which candidates are made and promoted; the rest is for refining."""
 PROMOTING = 0.5
@@ -26,14 +28,15 @@ def out_of_time(spec: JobSpec, profile: Profile, elapsed_hours: float) -> bool:
 
 
 def short_epochs(spec: JobSpec, profile: Profile) -> float:
-    """Of a promoted candidate; a third of them are."""
+    """Of a promoted candidate; a third of them are. 0: the hours do not allow such trainings, and there are none."""
     asked, limit = spec.fine_tune.short_epochs, _search_hours(spec, profile)
     if asked != "auto":
         return asked
     if limit is None or not profile.epoch_seconds:
         return SHORT
     each = PROMOTING * 3600 * limit / max(3.0, spec.search.trials / 3)
-    return _rounded(each / profile.epoch_seconds, SHORTEST, LONGEST[Rung.SHORT])
+    epochs = each / profile.epoch_seconds
+    return 0.0 if epochs < SHORT else _rounded(epochs, SHORT, LONGEST[Rung.SHORT])
 
 
 def planned_epochs(spec: JobSpec, profile: Profile) -> float:
@@ -51,7 +54,7 @@ def full_epochs(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord],
     if hours is None or not each:
         return DEFAULT_EPOCHS
     left = CHECKING * 3600 * max(hours - elapsed_hours, 0.0)
-    return _rounded(left / each, short_epochs(spec, profile), LONGEST[Rung.FULL])
+    return _rounded(left / each, max(SHORTEST, short_epochs(spec, profile)), LONGEST[Rung.FULL])
 
 
 def epoch_seconds(profile: Profile, history: Sequence[TrialRecord]) -> float:

@@ -23,8 +23,8 @@ _LEAST_GAIN = 1e-3
 """Expected gain of hypervolume (of the unit box) below which nothing is promoted."""
 
 
-def has_short_rung(spec: JobSpec) -> bool:
-    return spec.fine_tune.trains and spec.fine_tune.short_epochs != 0
+def has_short_rung(spec: JobSpec, profile: Profile) -> bool:
+    return spec.fine_tune.trains and short_epochs(spec, profile) > 0
 
 
 def next_promotions(
@@ -42,7 +42,7 @@ def next_promotions(
     none is confirmed to keep the budget. ``refined``: numbers that had the whole recipe already, maybe from the cheap
     rung directly; they must not fall back to a lower one when an extended job has places for more promotions.
     """
-    if not has_short_rung(spec) or k <= 0:
+    if not has_short_rung(spec, profile) or k <= 0:
         return []
     stage = [r for r in sorted(history, key=lambda r: r.number) if r.stage == profile.stage]
     cheap = [r for r in stage if measured(r) is not None]

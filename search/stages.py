@@ -92,7 +92,7 @@ def _search(
     refined: Collection[int],
 ) -> list[TrialWork]:
     """Promotions first, for they teach what the budget allows; then new candidates for the places left."""
-    left = _quota(spec, profile.stage, history, goes_on) - sum(r.stage == profile.stage for r in history)
+    left = _quota(spec, profile, history, goes_on) - sum(r.stage == profile.stage for r in history)
     asking = left > 0 and reason_to_stop(spec, profile, history, elapsed_hours) is None
     if not asking and out_of_time(spec, profile, elapsed_hours):
         return []
@@ -104,17 +104,17 @@ def _search(
     return works
 
 
-def _stages(spec: JobSpec) -> int:
+def _stages(spec: JobSpec, profile: Profile) -> int:
     """Iterations that make sense: each needs a fine-tuned network to start from, and a few candidates."""
-    if not has_short_rung(spec):
+    if not has_short_rung(spec, profile):
         return 1
     return max(1, min(spec.search.stages, spec.search.trials // _LEAST_TRIALS))
 
 
-def _quota(spec: JobSpec, stage: int, history: Sequence[TrialRecord], goes_on: bool) -> int:
+def _quota(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], goes_on: bool) -> int:
     """Candidates of this stage: its equal share of what earlier stages left, or all of it if none follows."""
-    left = spec.search.trials - sum(r.stage < stage for r in history)
-    return -(-left // (_stages(spec) - stage)) if goes_on else left
+    left = spec.search.trials - sum(r.stage < profile.stage for r in history)
+    return -(-left // (_stages(spec, profile) - profile.stage)) if goes_on else left
 
 
 def _next_stage(
@@ -126,9 +126,9 @@ def _next_stage(
 ) -> ProfileWork | None:
     """The profile to measure next, if another stage can follow this one."""
     stage = profile.stage + 1
-    if stage >= _stages(spec) or stage in failed_profiles or out_of_time(spec, profile, elapsed_hours):
+    if stage >= _stages(spec, profile) or stage in failed_profiles or out_of_time(spec, profile, elapsed_hours):
         return None
-    share = _quota(spec, profile.stage, history, True)
+    share = _quota(spec, profile, history, True)
     used = sum(r.stage == profile.stage for r in history)
     before = sum(r.stage < profile.stage for r in history)
     if spec.search.trials - before - max(share, used) < _LEAST_TRIALS:

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.simulator import Surface, live
 from search.pace import epoch_seconds, full_epochs, out_of_time, planned_epochs, short_epochs
+from search.promote import has_short_rung
 from search.spec import Budget, FineTune, JobSpec, Profile, RefineWork, Rung, SearchSpec, TrialWork
 
 AUTO = FineTune()
@@ -38,16 +39,22 @@ def test_more_hours_train_longer(hours: float, epochs: float) -> None:
     assert planned_epochs(job(hours), profile(60)) == epochs
 
 
-def test_a_slow_network_gets_short_trials_and_a_fast_one_longer_ones() -> None:
-    assert short_epochs(job(1), profile(3600)) == 0.1
-    assert short_epochs(job(1), profile(400)) == 0.45  # four trials in half of 40 % of the hour
+def test_a_fast_network_gets_longer_trials_and_one_too_slow_for_an_epoch_none() -> None:
     assert short_epochs(job(1), profile(1)) == 2
+    assert short_epochs(job(1), profile(120)) == 1.5  # four trials in half of 40 % of the hour
+    assert short_epochs(job(1), profile(200)) == 0
+    assert not has_short_rung(job(1), profile(200))
+    assert has_short_rung(job(None), profile(200))
+    life = live(job(0.5, trials=12), Surface(0, blocks=3, epoch_seconds=200), workers=1)
+    assert life.finished
+    assert not any(w.rung is Rung.SHORT for w in life.asked if isinstance(w, TrialWork))
+    assert any(isinstance(w, RefineWork) for w in life.asked)
 
 
 def test_time_that_is_used_up_shortens_the_next_refinement() -> None:
     spec = job(2)
     lengths = [full_epochs(spec, profile(60), (), elapsed) for elapsed in (0.8, 1.5, 2.5)]
-    assert lengths == [43, 18, short_epochs(spec, profile(60))]
+    assert lengths == [43, 18, max(0.1, short_epochs(spec, profile(60)))]
 
 
 def test_the_pace_of_trainings_that_were_run_counts_more_than_the_profile() -> None:
@@ -97,4 +104,4 @@ def test_an_extended_job_shares_out_the_hours_that_were_added() -> None:
     assert not out_of_time(spec, profile(60), 2.7)
     assert out_of_time(spec, profile(60), 2.8)
     assert planned_epochs(spec, profile(60)) == planned_epochs(job(2), profile(60))
-    assert short_epochs(spec, profile(400)) == short_epochs(job(2), profile(400))
+    assert short_epochs(spec, profile(200)) == short_epochs(job(2), profile(200)) > 0
