@@ -53,12 +53,14 @@ def socket_path(data: Path) -> Path:
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
         return path
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"tenfold-{os.getuid()}-{mark}"
+    # Where TMPDIR is long itself, as on clusters, the system's own.
+    places = [Path(base) / f"tenfold-{os.getuid()}-{mark}" for base in (tempfile.gettempdir(), "/tmp")]  # noqa: S108
+    folder = min(places, key=lambda place: len(os.fsencode(place / path.name)) > LONGEST_SOCKET_PATH)
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077 or folder.is_symlink():
         raise RuntimeError(f"{folder} is not a private folder of this user: remove it, or choose a shorter --data")
-    return folder / "valkey.sock"
+    return folder / path.name
 
 
 def url(data: Path) -> str:

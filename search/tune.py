@@ -80,7 +80,7 @@ class Tuned:
     epochs: float
     precision: Precision
     notes: tuple[str, ...] = ()
-    epoch_seconds: float = 0.0
+    epoch_seconds: float = field(default=0.0, compare=False)
     """That an epoch took, in this process."""
     fingerprint: str = ""
     """Of the arguments, where another training goes on from here (``fine_tune(before=…)``)."""

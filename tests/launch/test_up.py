@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -114,9 +115,11 @@ def test_a_port_that_is_taken_is_refused_with_advice(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_data_folder_with_a_long_path_still_gets_a_socket(tmp_path):
+@pytest.mark.parametrize("temporary", ["short", "as long"])
+def test_a_data_folder_with_a_long_path_still_gets_a_socket(tmp_path, monkeypatch, temporary):
     deep = tmp_path / ("d" * 60) / ("e" * 60)
     deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp" if temporary == "short" else str(deep))
     path = valkey.socket_path(deep)
     assert len(str(path)) <= valkey.LONGEST_SOCKET_PATH
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
