@@ -14,6 +14,7 @@ from search.baseline import seen_before
 from search.data import Data
 from search.data.split import evenly
 from search.intake import LiftedModel
+from search.layout import arranged
 from search.metrics import Evaluation, Samples, evaluate, higher_is_better, outputs
 from search.spec import JobSpec, Metric, Plan, SitePlan, Task
 from search.tally import TALLIED
@@ -58,7 +59,7 @@ class Bench:
         if not batches:  # fewer rows than the network's only batch size: repeat the last one
             inputs = next(iter(self.data.train.batches(size)))[0]
             batches = [tuple(torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in inputs)]
-        return batches
+        return arranged(self.original, batches)
 
     @cached_property
     def example(self) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Quick", "channels_last"]
+__all__ = ["Quick", "arranged", "channels_last"]
 
 
 class Quick:
@@ -29,6 +29,20 @@ class Quick:
             except RuntimeError:
                 self._arranges = False  # if it was something else, it comes again
         return self.module(*inputs)
+
+
+@torch.no_grad()
+def arranged(network: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The inputs of ``network``, in batches, with images channels last for the same reasons; as they are where it has
+    no convolutions, or where its code forbids it."""
+    if not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+        return batches
+    quick = [tuple(_arranged(x) for x in batch) for batch in batches]
+    try:
+        network(*quick[0])
+    except RuntimeError:
+        return batches
+    return quick
 
 
 def _arranged(x: Tensor) -> Tensor:
