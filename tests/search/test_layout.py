@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from search.export import write_onnx
-from search.layout import channels_last
+from search.layout import arranged, channels_last
 from tenfold import exporting
 
 
@@ -81,3 +81,13 @@ def test_files_of_it_take_any_batch_in_any_layout(network: fx.GraphModule, tmp_p
 )
 def test_what_cannot_be_arranged_is_left_alone(make: type[nn.Module], inputs: tuple[Tensor, ...]) -> None:
     assert channels_last(fx.symbolic_trace(make()).eval(), inputs) is None
+
+
+def test_batches_are_arranged_where_the_network_gains_and_its_code_allows_it(network: fx.GraphModule) -> None:
+    batch = torch.randn(2, 3, 8, 8), torch.randn(2, 8)
+    image, vector = arranged(network, [batch])[0]
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(image, batch[0])
+    assert vector is batch[1]
+    for other, inputs in ((Flat(), batch[:1]), (nn.Flatten(), batch[:1])):
+        assert arranged(other, [inputs])[0][0] is inputs[0]
