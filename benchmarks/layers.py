@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.decompose import started
-from benchmarks.libraries import Peer, command, timed
+from benchmarks.libraries import LAYERS, Peer, command, timed
 from benchmarks.shapes import Shape
 from search.decompose import METHODS
 from tenfold.layers import FactorizedLayer, factorized_like
@@ -148,7 +148,7 @@ def compare(
         }
         if train:
             row["train_speedup"] = seconds["dense train"] / seconds[f"{key} train"]
-        for peer in peers:
+        for peer in (peer for peer in peers if name in LAYERS[peer.name]):
             given: Any = module.ranks
             if isinstance(module, TTLinear):
                 given = (module.shape.out_modes, module.shape.in_modes, module.ranks)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DECOMPOSES", "PEERS", "Peer", "command", "relative_error", "timed"]
+__all__ = ["DECOMPOSES", "LAYERS", "PEERS", "Peer", "command", "relative_error", "timed"]
 
 PEERS = ("tensorly", "tltorch", "musco")
 DECOMPOSES = {
@@ -28,6 +28,8 @@ DECOMPOSES = {
     "musco": ("tucker2", "cp3"),
 }
 """Peer to those of our methods that it has a decomposition for."""
+LAYERS = {"tltorch": ("tucker2", "cp4", "tt_matrix")}
+"""Likewise, a layer."""
 
 
 class Peer:
