@@ -8,12 +8,12 @@ import numpy as np
 
 from benchmarks.datasets import prepare
 from benchmarks.networks import NETWORKS, trained
-from benchmarks.no_gradient import TRANSFORM
+from benchmarks.no_gradient import AUGMENTED
 from search.bench import Bench, read_weights
 from search.export import save_weights
 from search.precision import Precision
 from search.session import Session
-from search.spec import Augmentation, DataSpec, FineTune, JobSpec, Plan, Profile, Rung, TrialResult, TrialWork
+from search.spec import DataSpec, FineTune, JobSpec, Plan, Profile, Rung, TrialResult, TrialWork
 from search.study import plan_key
 from search.tune import fine_tune
 
@@ -22,7 +22,6 @@ __all__ = ["PRETRAINED", "Built", "Candidates", "Trained"]
 
 PRETRAINED = ("resnet20", "resnet32")
 """CIFAR-10 networks that come as weights of a known architecture."""
-CIFAR = TRANSFORM.model_copy(update={"augment": Augmentation.CROP_FLIP})
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Candidates:
     def of(cls, name: str, spec: JobSpec, scratch: Path, *, rows: int, weights: Path | None = None) -> "Candidates":
         """Of a network of ``benchmarks.networks``, or a pretrained one from its ``weights``, with the first ``rows`` of
         its training images."""
-        transform, data = (CIFAR, "cifar10") if weights else (NETWORKS[name].transform, NETWORKS[name].data)
+        transform, data = (AUGMENTED, "cifar10") if weights else (NETWORKS[name].transform, NETWORKS[name].data)
         session = Session(
             weights or trained(name),
             _subset(prepare(data), rows, scratch / "data.npz"),
@@ -103,7 +102,7 @@ class Candidates:
             epochs=epochs,
             seed=seed,
             metric=bench.metric,
-            keep="best" if bench.seen_before is None else "last",
+            keep=bench.keep,
             runtime=replace(bench.runtime, precision=Precision.FLOAT32),
         )
         self._trainings += 1

@@ -34,6 +34,7 @@ from benchmarks.drawing import draw
 from benchmarks.inprocess import Search, search
 from benchmarks.machine import machine
 from benchmarks.networks import NETWORKS, trained
+from benchmarks.no_gradient import AUGMENTED
 from benchmarks.peers import PEERS, PeerFailed, run_peer
 from search import cost
 from search.bench import Bench, read_weights
@@ -42,7 +43,6 @@ from search.intake.loading import lift_program
 from search.pace import planned_epochs
 from search.session import Session
 from search.spec import (
-    Augmentation,
     Budget,
     Cost,
     DataSpec,
@@ -58,13 +58,6 @@ from search.tune import fine_tune
 __all__ = ["chosen", "main", "measure", "volume"]
 
 COSTS = (Cost.PARAMETERS, Cost.MACS)
-CIFAR = Transform(
-    scale=1 / 255,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    layout="nhwc",
-    augment=Augmentation.CROP_FLIP,
-)
 Row = dict[str, Any]
 
 
@@ -157,7 +150,7 @@ def opened(options: argparse.Namespace, folder: Path) -> tuple[Session, JobSpec]
         known = NETWORKS[options.network]
         model, data, transform = trained(options.network), prepare(known.data), known.transform
     elif options.network is not None:
-        model, data, transform = options.weights, prepare("cifar10"), CIFAR
+        model, data, transform = options.weights, prepare("cifar10"), AUGMENTED
         architecture = {"name": f"{options.network}_cifar10"}
     drop = options.max_drop if options.max_drop is not None else (0.02 if options.epochs else 0.15)
     spec = JobSpec(

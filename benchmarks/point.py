@@ -19,11 +19,10 @@ from typing import Any
 
 from benchmarks.datasets import prepare
 from benchmarks.machine import machine
-from benchmarks.no_gradient import TRANSFORM, plan_at
+from benchmarks.no_gradient import AUGMENTED, plan_at
 from search.bench import read_weights
 from search.session import Session
 from search.spec import (
-    Augmentation,
     Budget,
     DataSpec,
     FineTune,
@@ -112,7 +111,7 @@ def _session(arguments: argparse.Namespace, scratch: Path) -> Session:
         arguments.weights,
         prepare("cifar10"),
         architecture={"name": f"{arguments.network}_cifar10"},
-        data_spec=DataSpec(transform=TRANSFORM.model_copy(update={"augment": Augmentation.CROP_FLIP})),
+        data_spec=DataSpec(transform=AUGMENTED),
         spec=JobSpec(budget=Budget(max_drop=0.5), fine_tune=recipe, search=SearchSpec(seed=arguments.seed)),
         scratch=scratch / "session",
         save=None if kept is None else lambda path: path.replace(kept),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,6 +99,11 @@ class Bench:
     def seen_before(self) -> str | None:
         """Advice, when the original must have been trained on the select split."""
         return seen_before(self.metric, self.on_select, self.on_verify)
+
+    @property
+    def keep(self) -> Literal["best", "last"]:
+        """Which weights a training ends with: rows that the original has seen choose none."""
+        return "best" if self.seen_before is None else "last"
 
     def select(self, network: nn.Module) -> Evaluation:
         return self._evaluate(network, self.data.select, self.reference if self.relative else None)

@@ -20,7 +20,7 @@ class Quick:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._arranges = any(isinstance(m, nn.Conv2d) for m in module.modules())
+        self._arranges = _convolves(module)
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self._arranges and inputs[0].device.type == "cpu":
@@ -35,7 +35,7 @@ class Quick:
 def arranged(network: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The inputs of ``network``, in batches, with images channels last for the same reasons; as they are where it has
     no convolutions, or where its code forbids it."""
-    if not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+    if not _convolves(network):
         return batches
     quick = [tuple(_arranged(x) for x in batch) for batch in batches]
     try:
@@ -43,6 +43,10 @@ def arranged(network: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[tupl
     except RuntimeError:
         return batches
     return quick
+
+
+def _convolves(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv2d) for m in network.modules())
 
 
 def _arranged(x: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def channels_last(network: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.Graph
 
     ``inputs``: an example, in the order of the graph's inputs.
     """
-    if not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+    if not _convolves(network):
         return None
     graph = copy.deepcopy(network.graph)
     places = [node for node in graph.nodes if node.op == "placeholder"]

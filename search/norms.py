@@ -7,8 +7,6 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from search.layout import Quick
-
 __all__ = ["NORMS", "affine", "blend", "recalibrate_batch_norm", "typed"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -72,9 +70,8 @@ def recalibrate_batch_norm(
         each.reset_running_stats()
         each.momentum = None  # a plain average over the batches
         each.train()
-    quick = Quick(module)
     for batch in batches:
-        quick(*batch)
+        module(*batch)
     for norm, (mean, var, momentum) in zip(norms, kept, strict=True):
         norm.running_mean.lerp_(mean, 1 - mixture)
         norm.running_var.lerp_(var, 1 - mixture)

@@ -211,11 +211,11 @@ def _train(
         saved=save,
         report=lambda message, done, _: bench.report(message, done, epochs),
         reference=bench.reference if bench.relative else None,
-        keep="best" if bench.seen_before is None else "last",
+        keep=bench.keep,
     )
     networks, part, runtime = (network, bench.original), recipe.sequential * epochs, bench.runtime
     data = bench.data
-    if how["keep"] == "last" and work.rung is Rung.FULL:
+    if bench.keep == "last" and work.rung is Rung.FULL:
         data = data.learning_select()
         found.notes.append(
             "the select split, which the original has seen and which chooses nothing, is learnt from too"

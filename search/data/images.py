@@ -18,10 +18,12 @@ from search.data.safety import check_room
 from search.errors import BadData
 from search.spec import Transform
 
-__all__ = ["Encoded", "decode", "is_image_name", "opened", "sizes_differ"]
+__all__ = ["IMAGE_FOLDERS", "Encoded", "decode", "is_image_name", "opened", "sizes_differ"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+"""What the folder of images is called where their targets lie beside it; the first in messages."""
 MAX_PIXELS = 50_000_000
 """Of one image."""
 GREY = ("1", "L", "LA", "La")

@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.data.archives import read_files
-from search.data.images import Encoded, decode, opened
+from search.data.images import IMAGE_FOLDERS, Encoded, decode, opened
 from search.data.raw import Raw, Rows
 from search.errors import BadData
 from search.spec import DataSpec
 
 __all__ = ["read_joints"]
 
-IMAGES = ("images", "image", "imgs", "img")
 TABLE = "joints.csv"
 MAX_TABLE = 256 << 20
 """Bytes of one table."""
@@ -94,12 +93,12 @@ def _by_place(images: Iterable[str]) -> dict[tuple[str, str], str]:
     places = {}
     for name in images:
         parts = PurePosixPath(name).parts
-        at = next((i for i in range(len(parts) - 1) if parts[i].lower() in IMAGES), None)
+        at = next((i for i in range(len(parts) - 1) if parts[i].lower() in IMAGE_FOLDERS), None)
         if at is None:
             raise BadData(
                 "labels_missing",
-                f"{name!r} lies below no folder {IMAGES[0]}; pack images/NAME.jpg beside {TABLE} (below train, val and "
-                "test, if you like), or use .npz arrays.",
+                f"{name!r} lies below no folder {IMAGE_FOLDERS[0]}; pack images/NAME.jpg beside {TABLE} (below train, "
+                "val and test, if you like), or use .npz arrays.",
             )
         places["/".join(parts[:at]), "/".join(parts[at + 1 :])] = name
     return places

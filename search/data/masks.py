@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from search.data.archives import read_files
-from search.data.images import Encoded, decode, opened, sizes_differ
+from search.data.images import IMAGE_FOLDERS, Encoded, decode, opened, sizes_differ
 from search.data.raw import Array, Raw, Rows
 from search.data.safety import check_room
 from search.errors import BadData
@@ -19,7 +19,6 @@ from search.spec import DataSpec
 
 __all__ = ["read_masks"]
 
-IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "labels", "annotations", "segmentation")
 MODES = ("1", "L", "P")
 EXACT = ("PNG", "BMP", "GIF")
@@ -54,17 +53,17 @@ def _paired(names: Sequence[str], split_names: dict[str, str]) -> tuple[Places, 
     for name in names:
         folders = PurePosixPath(name).parts[:-1]
         lower = [folder.lower() for folder in folders]
-        kind = next((i for i in reversed(range(len(lower))) if lower[i] in (*IMAGES, *MASKS)), None)
+        kind = next((i for i in reversed(range(len(lower))) if lower[i] in (*IMAGE_FOLDERS, *MASKS)), None)
         if kind is None:
             raise BadData(
                 "labels_missing",
-                f"{name!r} lies below none of the folders {IMAGES[0]} and {MASKS[0]}; pack images/NAME.jpg and "
+                f"{name!r} lies below none of the folders {IMAGE_FOLDERS[0]} and {MASKS[0]}; pack images/NAME.jpg and "
                 "masks/NAME.png (below train, val and test, if you like), or use .npz arrays.",
             )
         rest = [folder for i, folder in enumerate(lower) if i != kind]
         split = next((split_names[folder] for folder in rest if folder in split_names), "train")
         key = "/".join([*rest, PurePosixPath(name).stem])
-        of_kind = places if lower[kind] in IMAGES else masks
+        of_kind = places if lower[kind] in IMAGE_FOLDERS else masks
         if (split, key) in of_kind.values():
             raise BadData(
                 "labels_missing", f"{name!r} is the second file for {key!r}; keep one image and one mask each."
