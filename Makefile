@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# Tests that start and kill processes by the clock: nothing runs beside them.
+ALONE  := tests/workers tests/launch tests/e2e tests/chaos
+
 .PHONY: demo test test-long serve lint types imports check format clean
 
 $(READY): constraints.txt pyproject.toml client/pyproject.toml
@@ -19,7 +22,8 @@ demo: $(READY)          ## train, upload, search, download, check: the whole mai
 	$(BIN)/python -m examples.demo
 
 test: $(READY)          ## the default suite
-	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -m 'not long' $(ALONE)
 
 test-long: $(READY)     ## kills, Hugging Face lifts, PostgreSQL end to end
 	$(BIN)/python -m pytest -m long
