@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 LONGEST_LINE = 64 * 2**20
+LISTENS_S = 2.0
 WAITING_LINES = 8
 """Read ahead at most: a child that floods us waits at its own pipe."""
 KEPT_VARIABLES = {
@@ -115,8 +116,8 @@ class Child:
         ``on``: what to do with messages on the way (``progress``, ``checkpoint``). ``stop`` is asked five times a
         second. Raises ``Failed`` (the child lives on), or ``Crashed`` and ``Stopped`` (it does not).
         """
-        if self._writer is not None and self._writer.is_alive():
-            raise self._crashed()  # it answered before it had listened
+        if not self._listened():
+            raise self._crashed()  # it answered a request that it has not read
         request = json.dumps({"op": operation, "arguments": arguments}, separators=(",", ":"))
         # On a thread, for a child that does not listen would keep us here, where nothing asks ``stop``.
         self._writer = threading.Thread(target=self._write, args=(request,), name="child-request", daemon=True)
@@ -134,10 +135,9 @@ class Child:
 
     def close(self) -> None:
         """Close its pipe, which ends it; kill it if it does not."""
-        if self._writer is not None and self._writer.is_alive():
+        if not self._listened():
             self.kill()
-            self._writer.join(2)
-        if self._process.stdin is not None and (self._writer is None or not self._writer.is_alive()):
+        if self._process.stdin is not None and self._listened():
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         try:
@@ -146,6 +146,12 @@ class Child:
             self.kill()
             self._process.wait()
         self._let_reader_end()
+
+    def _listened(self) -> bool:
+        """Whether it has read the last request. On a busy machine its answer may be here before our thread has ended."""
+        if self._writer is not None:
+            self._writer.join(LISTENS_S)
+        return self._writer is None or not self._writer.is_alive()
 
     def _let_reader_end(self) -> None:
         """It may wait for room."""

@@ -18,6 +18,19 @@ def test_a_call_returns_what_the_child_returns_and_the_child_stays_warm(start):
     assert child.call("steps", {"n": 0})["pid"] == child.pid
 
 
+def test_an_answer_may_come_before_the_thread_that_asked_has_ended(start, monkeypatch):
+    write = Child._write
+
+    def slow(self: Child, request: str) -> None:
+        write(self, request)
+        time.sleep(0.3)  # as on a machine that is busy
+
+    monkeypatch.setattr(Child, "_write", slow)
+    child = start()
+    assert [child.call("echo", {"a": i}) for i in range(3)] == [{"a": i} for i in range(3)]
+    assert child.alive
+
+
 def test_progress_arrives_in_order(start):
     seen = []
     start().call("steps", {"n": 3}, on={"progress": seen.append})
