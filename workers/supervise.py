@@ -148,7 +148,7 @@ class Child:
         self._let_reader_end()
 
     def _listened(self) -> bool:
-        """Whether it has read the last request. On a busy machine its answer may be here before our thread has ended."""
+        """Whether it has read the last request. On a busy machine its answer may come before our thread has ended."""
         if self._writer is not None:
             self._writer.join(LISTENS_S)
         return self._writer is None or not self._writer.is_alive()

@@ -1,6 +1,7 @@
 """``apply``: a plan and its tensors onto a user's own network, for those who want to train on."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
             ``embed.weight`` is no layer: the network's own code multiplies with the weight of ``embed``.
         tensors: every tensor of the compressed network by name (``model.safetensors``); shared ones under one name.
 
-    An ``nn.MultiheadAttention`` whose projections are among them becomes an ``Attention``, which calls them.
+    An ``nn.MultiheadAttention`` whose projections are among them becomes an ``Attention``, which calls them. What
+    the forward never uses (an auxiliary head, say) is in no compressed file: it stays as it was, with a warning.
 
     Raises:
         KeyError: the plan names a layer that the module lacks.
@@ -46,10 +48,17 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     parameters = dict(network.named_parameters(remove_duplicate=False))
     given = {id(p) for name, p in parameters.items() if name in tensors}
     missing = [n for n in missing if not n.endswith("num_batches_tracked") and id(parameters.get(n)) not in given]
-    if missing or unexpected:
+    # Another plan's tensors fail in a replaced layer. Where all have found their place, the rest was never exported.
+    if unexpected or any(n.startswith(tuple(f"{r}." for r in replaced)) for n in missing):
         raise ValueError(
             f"the tensors do not fit this network: missing {missing[:5]}, unexpected {list(unexpected)[:5]}; "
             "use the model.safetensors that was exported with this plan.json"
+        )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} tensors are in no file, for the exported network does not use them, and stay as they are: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            stacklevel=2,
         )
     return network
 

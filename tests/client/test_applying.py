@@ -46,6 +46,29 @@ def test_tensors_of_another_plan_are_refused_with_their_names() -> None:
         apply(network(), PLAN, network().state_dict())
 
 
+def test_what_the_forward_never_uses_stays_as_it_is_and_is_named() -> None:
+    class Headed(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 8, bias=False), nn.Linear(8, 4))
+            self.auxiliary = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](self[0](x))
+
+    torch.manual_seed(0)
+    model = Headed()
+    plan = {"0": {"method": "svd", "ranks": [2]}}
+    made = METHODS["svd"].factorize(model[0], [2]).module
+    file = {f"0.{k}": v for k, v in made.state_dict().items()} | {f"1.{k}": v for k, v in model[1].state_dict().items()}
+    with pytest.warns(UserWarning, match=r"2 tensors are in no file.*auxiliary\.weight, auxiliary\.bias"):
+        again = apply(model, plan, file)
+    assert torch.equal(again.auxiliary.weight, model.auxiliary.weight)
+    x = torch.randn(2, 8)
+    assert torch.equal(again(x), model[1](made(x)))
+    with pytest.raises(ValueError, match=r"missing \['0\.first\.weight'"):
+        apply(model, plan, {k: v for k, v in file.items() if k != "0.first.weight"})
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="tucker2"):
         apply(network(), {"3": {"method": "magic", "ranks": [2]}}, {})
