@@ -74,9 +74,9 @@ class _Inverted(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    """MobileNetV2-like for 32×32 images."""
+    """MobileNetV2-like for 32×32 images, of which the stem, as there, takes every other pixel."""
     blocks = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1)]
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
+    stem = [nn.Conv2d(3, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
     head = [nn.Conv2d(40, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*stem, *(_Inverted(*block) for block in blocks), *head, nn.Linear(160, 10))
 
@@ -142,7 +142,7 @@ NETWORKS = {
     "mlp_mnist": Network(mnist_mlp, "mnist", MNIST, 5, 0.05, (2, 1, 28, 28)),
     "vgg_cifar10": Network(vgg, "cifar10", CIFAR, 3, 0.05, (2, 3, 32, 32)),
     "mobilenet_cifar10": Network(mobilenet, "cifar10", CIFAR, 10, 0.1, (2, 3, 32, 32)),
-    "vit_cifar10": Network(vit, "cifar10", CIFAR, 15, 0.02, (2, 3, 32, 32)),
+    "vit_cifar10": Network(vit, "cifar10", CIFAR, 10, 0.02, (2, 3, 32, 32)),
 }
 
 
@@ -158,7 +158,7 @@ def trained(name: str, *, cache: Path = CACHE) -> Path:
         return path
     known = NETWORKS[name]
     torch.manual_seed(0)
-    network = known.make()
+    network = _arranged(known.make(), torch.channels_last)  # two thirds of the time on a CPU
     data = read_data(prepare(known.data), DataSpec(transform=known.transform), scratch=cache)
     steps = len(data.train) // 128
     optimizer = torch.optim.SGD(
@@ -176,4 +176,8 @@ def trained(name: str, *, cache: Path = CACHE) -> Path:
             optimizer.step()
             cycle.step()
         print(f"{name}: epoch {epoch + 1} of {known.epochs}, {time.monotonic() - began:.0f} s", flush=True)
-    return tenfold.export(network.eval(), torch.zeros(known.example), path)
+    return tenfold.export(_arranged(network.eval(), torch.contiguous_format), torch.zeros(known.example), path)
+
+
+def _arranged(network: nn.Module, images: torch.memory_format) -> nn.Module:
+    return network.to(memory_format=images)  # type: ignore[call-overload, no-any-return]
