@@ -1,6 +1,7 @@
 """What a stage is searched on: error against cost by layer and method, variational ranks, and how much each counts."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -168,9 +169,10 @@ def _group_choice(
     for method_name in methods:
         method = OF_SEVERAL[method_name]
         curve = method.curve(group, known, positions, metrics=metrics)
-        if multiple > 1 and method_name in METHODS:
+        if multiple > 1:
             price = partial(method.cost, group, output_positions=positions, input_sizes=[s.input_sizes for s in known])
-            curve = snapped(curve, multiple, price, group.dense(positions))
+            grid = len(group.grid) if method_name in JOINT_METHODS else 0
+            curve = snapped(curve, multiple, price, group.dense(positions), grid=grid)
         if name in kept and kept[name].method == method_name:
             ranks = kept[name].ranks
             cost = method.cost(group, ranks, positions, input_sizes=[s.input_sizes for s in known])
@@ -215,7 +217,9 @@ def _choice(
         curve = method.curve(layer, statistics, positions, metric=importance)
         if multiple > 1:
             price = partial(method.cost, layer, output_positions=positions, input_sizes=statistics.input_sizes)
-            curve = snapped(curve, multiple, price, (info.parameters, info.macs))
+            # Of these, a curve may hold points that save parameters alone: it has compared their MACs.
+            macs = math.inf if isinstance(layer, (nn.Embedding, *RECURRENT)) else info.macs
+            curve = snapped(curve, multiple, price, (info.parameters, macs))
         if info.name in kept and kept[info.name].method == name:
             ranks = kept[info.name].ranks
             cost = method.cost(layer, ranks, positions, input_sizes=statistics.input_sizes)

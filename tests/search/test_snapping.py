@@ -1,12 +1,17 @@
 """Ranks at multiples: raised, priced anew, never dearer than the layer."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from search.decompose import METHODS
+from search.session import Session
 from search.snapping import snapped
-from search.spec import CurvePoint
+from search.spec import Budget, CurvePoint, DataSpec, FineTune, JobSpec, Layers, SearchSpec, Task
+from tenfold import exporting
 
 
 @pytest.mark.parametrize("method", ["svd", "tucker2", "cp3", "tt", "r_tucker"])
@@ -31,3 +36,44 @@ def test_a_layer_without_such_ranks_has_no_points() -> None:
     assert [p.ranks for p in snapped(points, 4, lambda ranks: (10 * ranks[0], 10 * ranks[0]), (60, 60))] == [(4,)]
     (kept,) = snapped(points, 4, lambda ranks: (10 * ranks[0], 10 * ranks[0]), (60, 60))
     assert kept.error == 1 / 4  # of the best point that was raised to it
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gru = nn.Embedding(60, 32), nn.GRU(32, 32, batch_first=True)
+        self.one, self.two, self.head = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.gru(self.embed(words))[0].mean(1)
+        answer: Tensor = self.head(torch.relu(self.two(torch.relu(self.one(x)))))
+        return answer
+
+
+def test_layers_of_every_kind_are_offered_at_multiples_and_grids_of_layers_stay_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, words = Words().eval(), torch.randint(60, (200, 5))
+    with torch.no_grad():  # every class is answered somewhere
+        network.head.weight /= network(words).std(0)[:, None]
+        network.head.bias -= network(words).mean(0)
+    exporting.export(network, words[:2], tmp_path / "net.pt2")
+    np.savez(tmp_path / "data.npz", x=words.numpy(), y=network(words).argmax(1).numpy())
+    spec = JobSpec(
+        budget=Budget(max_drop=0.2),
+        methods=("svd", "joint_tucker", "joint_mps"),
+        layers=Layers(rank_multiple=8),
+        fine_tune=FineTune(epochs=0),
+        search=SearchSpec(calibration_samples=64),
+    )
+    data = DataSpec(task=Task.CLASSIFICATION, validation=0.4)
+    session = Session(tmp_path / "net.pt2", tmp_path / "data.npz", data_spec=data, spec=spec, scratch=tmp_path / "s")
+    profile = session.profile(0, None)
+    ranks = {s.site: [p.ranks for p in s.curves["svd"]] for s in profile.sites if "svd" in s.curves}
+    assert {"embed", "gru", "one", "two"} <= ranks.keys()
+    assert {r % 8 for each in ranks.values() for point in each for r in point} == {0}
+    assert {8, 16, 32} <= {point[1] for point in ranks["gru"]}  # not the least and the whole alone
+    (group,) = profile.groups
+    assert set(group.curves) == {"joint_tucker", "joint_mps"}
+    for curve in group.curves.values():
+        assert {r % 8 for p in curve for r in p.ranks[1:]} == {0}
+        assert {p.ranks[0] for p in curve} == {1, 2}
