@@ -42,6 +42,8 @@ _RATES = (0.33, 0.5)
 _LATER_RATES = (0.6, 0.8)
 _WEAKENING = 0.8
 """MUSCO's default."""
+_ANALYSED = ("tucker2", "svd")
+"""MUSCO's forms, best first: of kernels and of matrices. Others follow where these are not to be had."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     rates = _RATES if first else _LATER_RATES
     every = (*ground.sites, *ground.groups)
     method = max(ground.methods, key=lambda m: sum(m in site.curves for site in every))
+    analysed = sorted(ground.methods, key=lambda m: _ANALYSED.index(m) if m in _ANALYSED else len(_ANALYSED))
 
     def allocator(ratio: float) -> Start:
         plan = _allocated(ground, ratio * ground.share({}, share), share, None, None)
@@ -197,8 +200,8 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     others = iter(
         (  # not computed before they are wanted
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[0], method))),
-            lambda: given("weakened", analytic(ground, (method,), _WEAKENING)),
-            lambda: given("evbmf", analytic(ground, (method,), 1.0)),
+            lambda: given("weakened", analytic(ground, analysed, _WEAKENING)),
+            lambda: given("evbmf", analytic(ground, analysed, 1.0)),
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[1], method))),
         )
     )
@@ -235,11 +238,13 @@ def _allocated(
 def analytic(ground: Ground, methods: Sequence[str], w: float) -> Plan:
     """The ranks of analytic variational Bayes, weakened: R - w (R - R_EVBMF) (MUSCO); w = 1 takes them as they are.
 
-    Each site by the first of ``methods`` that it has a curve of, at the curve's nearest point. R is the highest rank
-    that still makes the site smaller than it is.
+    Each site by the first of ``methods`` that it has a curve of, at the curve's nearest point; layers together only
+    where they have none alone. R is the highest rank that still makes the site smaller than it is.
     """
     plan: Plan = {}
     for site in (*ground.sites, *ground.groups):
+        if not plan.keys().isdisjoint(site.members):
+            continue
         method = next((m for m in methods if site.curves.get(m)), methods[0])
         curve, chosen = site.curves.get(method, ()), site.evbmf.get(method, ())
         if not curve or len(chosen) != len(curve[0].ranks):

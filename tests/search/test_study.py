@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.samplers import hypervolumes
 from benchmarks.simulator import Surface
 from search.ground import ground_of
 from search.predict import Predictor
-from search.space import FullSpace, GuidedSpace, space_for, starts
+from search.space import FullSpace, GuidedSpace, analytic, space_for, starts
 from search.spec import (
     Budget,
     Cost,
@@ -208,6 +209,33 @@ def test_first_points_are_the_allocators_front_with_uniform_and_analytic_ranks()
         assert set(space.distributions()) <= set(point.params)
         if point.params["start"] == "allocator":
             assert ground.share(point.plan, 0.25) <= float(point.params["kept"]) + 1e-6
+
+
+def test_analytic_ranks_are_of_tucker_for_kernels_and_of_svd_for_matrices() -> None:
+    surface, spec = Surface(1, blocks=3, max_drop=0.03), job()
+    ground = ground_of(spec, surface.profile(0), None)
+    matrix = ground.sites[0]
+    matrix = matrix.model_copy(update={"curves": {"svd": matrix.curves["svd"]}})
+    ground = replace(ground, sites=(matrix, *ground.sites[1:]))
+    point = next(p for p in starts(spec, GuidedSpace(spec, ground)) if p.params["start"] == "evbmf")
+    for site in ground.sites:
+        entry = point.plan[site.site]
+        assert entry.method == ("svd" if site is matrix else "tucker2")
+        # At the nearest point to what the analysis says: no other is nearer in every rank.
+        gaps = [abs(a - b) for a, b in zip(entry.ranks, site.evbmf[entry.method], strict=True)]
+        assert sum(gaps) == min(
+            sum(abs(a - b) for a, b in zip(p.ranks, site.evbmf[entry.method], strict=True))
+            for p in site.curves[entry.method]
+        )
+
+
+def test_analytic_ranks_leave_no_layer_at_two_sites() -> None:
+    surface, spec = Surface(1, blocks=3, max_drop=0.03), job()
+    ground = ground_of(spec, grouped(surface), None)
+    plan = analytic(ground, ("joint_tucker", "tucker2", "svd"), 1.0)
+    alone = [name for name, entry in plan.items() if not entry.members]
+    together = [name for entry in plan.values() for name in entry.members]
+    assert len({*alone, *together}) == len(alone) + len(together)
 
 
 def test_a_point_of_the_full_space_survives_the_way_to_params_and_back() -> None:
