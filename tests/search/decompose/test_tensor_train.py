@@ -74,6 +74,28 @@ def test_vgg_fc6_and_fc7_at_rank_4_have_3168_parameters() -> None:
     assert sum(p.numel() for layer in layers for p in layer.parameters()) == 3168
 
 
+def vgg16() -> nn.Sequential:
+    """Simonyan and Zisserman's (2014) configuration D, without its pooling."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers.append(nn.Conv2d(channels, width, 3))
+            channels = width
+    return nn.Sequential(*layers, nn.Linear(25088, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1000))
+
+
+@pytest.mark.parametrize(("replaced", "published"), [((13,), 3.89), ((13, 14), 7.35)])
+def test_the_whole_vgg_16_is_as_much_smaller_as_published(replaced: tuple[int, ...], published: float) -> None:
+    with torch.device("meta"):
+        network = vgg16()
+        dense = sum(p.numel() for p in network.parameters())
+        for place, modes in zip(replaced, (FC6, FC7), strict=False):
+            network[place] = TTLinear(**modes, ranks=(4,) * 5)
+    assert dense == 138_357_544
+    assert round(dense / sum(p.numel() for p in network.parameters()), 2) == published
+
+
 def test_vgg_fc6_computes_without_its_matrix() -> None:
     layer = TTLinear(**FC6, ranks=(4,) * 5)
     for rows in (1, 3, 100):
