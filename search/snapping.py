@@ -19,8 +19,8 @@ def snapped(
     """The curve with every rank raised to the next multiple, and what that costs.
 
     The first ``grid`` ranks are of a grid of layers, which no layer has as channels, and stay. A point keeps its error,
-    which higher ranks can only make smaller. Ranks beyond the curve's highest ones, which may not exist, and points that
-    are no longer cheaper than the ``dense`` layer (parameters, MACs) are left out.
+    which higher ranks can only make smaller. Ranks beyond the curve's highest ones, which may not exist, and points
+    that are no longer cheaper than the ``dense`` layer (parameters, MACs) are left out.
     """
     highest = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
     raised: dict[tuple[int, ...], CurvePoint] = {}
