@@ -100,7 +100,7 @@ def allocate(
         factor = (weights or {}).get(site.site, 1.0)
         options = [_Option(price(site.dense_parameters, site.dense_macs), 0.0, None)] if stays else []
         for method, point in _points(site, methods, cap):
-            plan = SitePlan(method=method, ranks=point.ranks, members=site.members)
+            plan = site.entry(method, point)
             options.append(_Option(price(point.parameters, point.macs), factor * point_rise(site, point), plan))
         return _undominated(options)
 
@@ -182,7 +182,7 @@ def equal_rate(sites: Sequence[SiteChoice], rate: float, method: str) -> Plan:
             continue
         fitting = [p for p in points if p.parameters <= rate * site.dense_parameters]
         best = min(fitting, key=lambda p: p.error) if fitting else min(points, key=lambda p: p.parameters)
-        plan[site.site] = SitePlan(method=method, ranks=best.ranks, members=site.members)
+        plan[site.site] = site.entry(method, best)
     return plan
 
 

@@ -15,7 +15,7 @@ from search.allocate import expected_rise
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import AUTO, JOINT_METHODS, METHODS, OF_SEVERAL, group_of, same_weight
+from search.decompose import AUTO, JOINT_METHODS, METHODS, OF_SEVERAL, group_of, joint_method_of, method_of, same_weight
 from search.errors import BadRequest
 from search.groups import find_groups
 from search.layout import Quick
@@ -24,8 +24,8 @@ from search.metrics import class_last, forward
 from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.snapping import snapped
-from search.spec import CurvePoint, LayerInfo, Plan, SiteChoice, SitePlan
-from tenfold.layers import members_like
+from search.spec import CurvePoint, LayerInfo, Options, Plan, SiteChoice, SitePlan
+from tenfold.layers import members_like, options_reason
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -166,8 +166,9 @@ def _group_choice(
     metrics = [importance.get(n) for n in group.names]
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
+    options = _options(kept.get(name))
     for method_name in methods:
-        method = OF_SEVERAL[method_name]
+        method = joint_method_of(method_name, options.get(method_name, {}))
         curve = method.curve(group, known, positions, metrics=metrics)
         if multiple > 1:
             price = partial(method.cost, group, output_positions=positions, input_sizes=[s.input_sizes for s in known])
@@ -187,6 +188,7 @@ def _group_choice(
         dense_parameters=dense[0],
         dense_macs=sum(info.macs for info in infos),
         curves=curves,
+        options=options,
         evbmf=evbmf,
         sensitivity=sum(alone[n].sensitivity for n in group.names),
     )
@@ -210,8 +212,9 @@ def _choice(
     positions = _positions(info, layer)
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
+    options = _options(kept.get(info.name))
     for name in methods:
-        method = METHODS[name]
+        method = method_of(name, options.get(name, {}))
         if method.applies_to(layer) is not None:
             continue
         curve = method.curve(layer, statistics, positions, metric=importance)
@@ -228,8 +231,18 @@ def _choice(
             curves[name] = curve
             evbmf[name] = method.variational_ranks(layer)
     return SiteChoice(
-        site=info.name, dense_parameters=info.parameters, dense_macs=info.macs, curves=curves, evbmf=evbmf
+        site=info.name,
+        dense_parameters=info.parameters,
+        dense_macs=info.macs,
+        curves=curves,
+        options=options,
+        evbmf=evbmf,
     )
+
+
+def _options(kept: SitePlan | None) -> dict[str, Options]:
+    """By method, of what a site has already."""
+    return {kept.method: kept.options} if kept and kept.options else {}
 
 
 def _with_start(
@@ -356,11 +369,8 @@ def _may_change(bench: Bench, name: str) -> bool:
 
 
 def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
-    method = chosen.method
-    if chosen.options:
-        raise BadRequest(
-            "unknown_option", f"layers.fixed: {site}: {method} takes no options, got {sorted(chosen.options)}"
-        )
+    if reason := options_reason(chosen.method, chosen.options):
+        raise BadRequest("unknown_option", f"layers.fixed: {site}: {reason}")
     if chosen.members:
         _check_fixed_group(site, chosen, network)
         return
@@ -368,51 +378,53 @@ def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
         layer = network.get_submodule(site)
     except AttributeError:
         raise BadRequest("unknown_site", f"layers.fixed names {site!r}, which is no layer of this network") from None
-    if method not in METHODS:
-        raise BadRequest("unknown_method", f"layers.fixed: {site}: no method {method!r}; there are {sorted(METHODS)}")
-    reason = METHODS[method].applies_to(layer)
+    name = chosen.method
+    if name not in METHODS:
+        raise BadRequest("unknown_method", f"layers.fixed: {site}: no method {name!r}; there are {sorted(METHODS)}")
+    method = method_of(name, chosen.options)
+    reason = method.applies_to(layer)
     if reason is not None:
-        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
-    lattice = METHODS[method].ranks(layer)
+        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {name} does not apply: {reason}")
+    lattice = method.ranks(layer)
     most = tuple(max(ranks) for ranks in zip(*lattice, strict=True))
     fits = len(chosen.ranks) == len(most) and all(rank <= top for rank, top in zip(chosen.ranks, most, strict=True))
-    if not fits or METHODS[method].cost(layer, chosen.ranks, 1)[0] >= sum(p.numel() for p in layer.parameters()):
+    if not fits or method.cost(layer, chosen.ranks, 1)[0] >= sum(p.numel() for p in layer.parameters()):
         raise BadRequest(
             "bad_rank",
-            f"layers.fixed: {site}: {method} takes {len(most)} ranks of at most {list(most)} that together make the "
+            f"layers.fixed: {site}: {name} takes {len(most)} ranks of at most {list(most)} that together make the "
             f"layer smaller, got {list(chosen.ranks)}",
         )
 
 
 def _check_fixed_group(site: str, chosen: SitePlan, network: nn.Module) -> None:
-    method = chosen.method
+    name = chosen.method
     try:
         group = group_of(network, chosen.members)
     except AttributeError as error:
         raise BadRequest(
             "unknown_site", f"layers.fixed: {site}: a member is no layer of this network: {error}"
         ) from None
-    if method not in OF_SEVERAL:
+    if name not in OF_SEVERAL:
         raise BadRequest(
             "unknown_method",
-            f"layers.fixed: {site}: no method {method!r} of several layers; there are {sorted(OF_SEVERAL)}",
+            f"layers.fixed: {site}: no method {name!r} of several layers; there are {sorted(OF_SEVERAL)}",
         )
-    if reason := OF_SEVERAL[method].applies_to(group):
-        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {method} does not apply: {reason}")
+    method = joint_method_of(name, chosen.options)
+    if reason := method.applies_to(group):
+        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {name} does not apply: {reason}")
     none = [0] * len(group.layers)
     try:
-        members_like(dict(zip(group.names, group.layers, strict=True)), method, chosen.ranks, chosen.members)
-        smaller = OF_SEVERAL[method].cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
+        layers = dict(zip(group.names, group.layers, strict=True))
+        members_like(layers, name, chosen.ranks, chosen.members, chosen.options)
+        smaller = method.cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
         problem = "" if smaller else "these would not make the layers smaller"
     except ValueError as error:
         problem = str(error)
     if problem:
         takes = f"a rank for each mode of the grid {list(group.grid)}, then two for the channels"
-        if method in METHODS:
-            takes = f"ranks like {list(OF_SEVERAL[method].ranks(group)[-1])} or smaller"
-        raise BadRequest(
-            "bad_rank", f"layers.fixed: {site}: {method} takes {takes}, got {list(chosen.ranks)}: {problem}"
-        )
+        if name in METHODS:
+            takes = f"ranks like {list(method.ranks(group)[-1])} or smaller"
+        raise BadRequest("bad_rank", f"layers.fixed: {site}: {name} takes {takes}, got {list(chosen.ranks)}: {problem}")
 
 
 def _check_ties(site: str, chosen: SitePlan, ties: Sequence[tuple[str, ...]]) -> None:

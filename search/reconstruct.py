@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
-from search.decompose import METHODS, OF_SEVERAL, group_of
+from search.decompose import METHODS, OF_SEVERAL, group_of, joint_method_of, method_of
 from search.decompose.base import problems
 from search.errors import BadRequest
 from search.matrices import matrices, weight_from, weight_of
@@ -106,7 +106,8 @@ def fit_alone(network: nn.Module, site: str, entry: SitePlan, statistics: Statis
     """
     layer = network.get_submodule(site)
     norm = _norm_behind(network, site, statistics)
-    fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=_metric(norm))
+    method = method_of(entry.method, entry.options)
+    fit = method.factorize(layer, entry.ranks, statistics, metric=_metric(norm))
     _put_alone(network, site, fit.module, statistics, norm)
     return fit.error
 
@@ -131,7 +132,8 @@ def _fit_together(
     group = group_of(network, entry.members)
     metrics = [_metric(_norm_behind(network, name, statistics.get(name))) for name in group.names]
     known = [statistics[name] for name in group.names] if statistics else None
-    fit = OF_SEVERAL[entry.method].factorize(group, entry.ranks, known, metrics=metrics)
+    method = joint_method_of(entry.method, entry.options)
+    fit = method.factorize(group, entry.ranks, known, metrics=metrics)
     return dict(zip(group.names, zip(fit.modules, fit.errors, strict=True), strict=True))
 
 
@@ -344,7 +346,8 @@ class _Walk:
         self, site: str, layer: nn.Module, statistics: Statistics, metric: Tensor | None, start: nn.Module | None
     ) -> nn.Module:
         entry = self.plan[site]
-        fit = METHODS[entry.method].factorize(layer, entry.ranks, statistics, metric=metric, start=start)
+        method = method_of(entry.method, entry.options)
+        fit = method.factorize(layer, entry.ranks, statistics, metric=metric, start=start)
         self.errors[site] = fit.error
         return fit.module
 
@@ -399,12 +402,12 @@ def _check(network: nn.Module, site: str, entry: SitePlan) -> None:
                 "unknown_method",
                 f"{site}: no method {method!r} of several layers; there are {sorted(OF_SEVERAL)}",
             )
-        if reason := OF_SEVERAL[method].applies_to(group_of(network, entry.members)):
+        if reason := joint_method_of(method, entry.options).applies_to(group_of(network, entry.members)):
             raise BadRequest("method_does_not_apply", f"{site}: {method} does not apply: {reason}")
         return
     if method not in METHODS:
         raise BadRequest("unknown_method", f"{site}: no method {method!r}; there are {sorted(METHODS)}")
-    reason = METHODS[method].applies_to(layer)
+    reason = method_of(method, entry.options).applies_to(layer)
     if reason is not None:
         raise BadRequest("method_does_not_apply", f"{site}: {method} does not apply: {reason}")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from search.calibrate import Statistics
 from search.reconstruct import fit_alone
-from search.spec import CurvePoint, SiteChoice, SitePlan
+from search.spec import CurvePoint, SiteChoice
 
 __all__ = ["PROBE_ERRORS", "measure_rises"]
 
@@ -45,7 +45,7 @@ def measure_rises(
         method, point = nearest
         tried.add((method, point.ranks))
         changed = copy.deepcopy(network)
-        error = fit_alone(changed, choice.site, SitePlan(method=method, ranks=point.ranks), statistics)
+        error = fit_alone(changed, choice.site, choice.entry(method, point), statistics)
         rise = loss(changed) - base
         if error > 0 and math.isfinite(rise) and rise > 0:
             found[error] = rise

@@ -252,7 +252,7 @@ def analytic(ground: Ground, methods: Sequence[str], w: float) -> Plan:
         full = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
         wanted = [weakened(rank, most, w) for rank, most in zip(chosen, full, strict=True)]
         point = min(curve, key=lambda p: (sum(abs(a - b) for a, b in zip(p.ranks, wanted, strict=True)), p.ranks))
-        plan[site.site] = SitePlan(method=method, ranks=point.ranks, members=site.members)
+        plan[site.site] = site.entry(method, point)
     return ground.complete(plan)
 
 
@@ -267,5 +267,5 @@ def _ladder(site: SiteChoice, macs_share: float) -> list[tuple[SitePlan, CurvePo
     ladder: list[tuple[SitePlan, CurvePoint]] = []
     for share, error, method, point in sorted(every, key=lambda e: e[:3]):
         if share < 1.0 and (not ladder or error < ladder[-1][1].error):
-            ladder.append((SitePlan(method=method, ranks=point.ranks, members=site.members), point))
+            ladder.append((site.entry(method, point), point))
     return ladder

@@ -257,12 +257,17 @@ class Budget(Value):
         return self
 
 
+Options = dict[str, str | int | float | bool]
+
+
 class SitePlan(Value):
     """What replaces one site: a method, its ranks (meaning belongs to the method) and options."""
 
     method: str
     ranks: tuple[Annotated[int, Field(ge=1)], ...]
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
+    """Of ``tt_matrix``: ``{"in_modes": "4x8x8x4", "out_modes": "5x5x5x5"}``, which else follow from the layer's sizes.
+    Other methods have none."""
     members: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
     """Of a site of several layers: each layer's place in the grid, counted from 0; empty: the site is one layer. With a
     method of one layer, the members hold one weight, and will hold one set of factors."""
@@ -490,6 +495,8 @@ class SiteChoice(Value):
     dense_macs: int
     curves: dict[str, tuple[CurvePoint, ...]]
     """Method to its points, cheapest first; no point costs more than the dense layer."""
+    options: dict[str, Options] = Field(default_factory=dict)
+    """Method to the options that its curve was measured with, where it has any."""
     evbmf: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """Method to the ranks that analytic variational Bayes chooses."""
     sensitivity: float = 1.0
@@ -497,6 +504,10 @@ class SiteChoice(Value):
     rises: tuple[tuple[float, float], ...] = ()
     """Measured ``(relative output error, rise of the loss)``, both positive, by rising error; empty: only the
     sensitivity is known, and the loss is taken as proportional to the error."""
+
+    def entry(self, method: str, point: CurvePoint) -> SitePlan:
+        """What a plan says that takes this point."""
+        return SitePlan(method=method, ranks=point.ranks, options=self.options.get(method, {}), members=self.members)
 
 
 class Profile(Value):

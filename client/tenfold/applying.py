@@ -19,9 +19,10 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
 
     Args:
         module: the original network, as it was uploaded; it is not changed.
-        plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``). An entry with
-            ``members`` (layer name to place) replaces those layers by ones that share factors. A member such as
-            ``embed.weight`` is no layer: the network's own code multiplies with the weight of ``embed``.
+        plan: ``{"layer1.0.conv1": {"method": "tucker2", "ranks": [8, 8]}, …}`` (``plan.json``). An entry may have
+            ``options`` of its method. One with ``members`` (layer name to place) replaces those layers by ones that
+            share factors. A member such as ``embed.weight`` is no layer: the network's own code multiplies with the
+            weight of ``embed``.
         tensors: every tensor of the compressed network by name (``model.safetensors``); shared ones under one name.
 
     An ``nn.MultiheadAttention`` whose projections are among them becomes an ``Attention``, which calls them. What
@@ -68,11 +69,12 @@ def _made(network: nn.Module, site: str, entry: Mapping[str, Any]) -> dict[str, 
     # Beside a layer, its weight is a member where the network's own code multiplies with it.
     read = {f"{name}.weight" for name in members} & members.keys()
     layers = {name: _layer(network, name) for name in members if name not in read}
+    method, ranks, options = entry["method"], entry["ranks"], entry.get("options", {})
     if len(layers) > 1:
         places = {name: members[name] for name in layers}
-        new = members_like(layers, entry["method"], entry["ranks"], places)
+        new = members_like(layers, method, ranks, places, options)
     else:
-        new = {name: factorized_like(layer, entry["method"], entry["ranks"]) for name, layer in layers.items()}
+        new = {name: factorized_like(layer, method, ranks, options) for name, layer in layers.items()}
     return {name: readable(layer) if f"{name}.weight" in read else layer for name, layer in new.items()}
 
 

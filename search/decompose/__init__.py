@@ -1,6 +1,9 @@
 """The decompositions, one file each, behind one small interface (``base.Method``; of several layers together,
 ``joint.JointMethod``)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from search.decompose.base import Fit, Method
 from search.decompose.by_kind import ByKind
 from search.decompose.cp3 import CP3
@@ -22,7 +25,7 @@ from search.decompose.tucker2 import SVDInput, Tucker2
 from search.recurrent import RECURRENT
 
 __all__ = ["AUTO", "JOINT_METHODS", "METHODS", "OF_SEVERAL", "Fit", "Group", "JointFit", "JointMethod", "Method"]
-__all__ += ["group_of", "same_weight"]
+__all__ += ["group_of", "joint_method_of", "method_of", "same_weight"]
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -39,6 +42,17 @@ JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), Join
 
 OF_SEVERAL: dict[str, JointMethod] = {**JOINT_METHODS, **{name: Tied(method) for name, method in METHODS.items()}}
 """What may replace a site of several layers: a joint method, or one of ``METHODS`` where they hold one weight."""
+
+
+def method_of(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of one layer that a plan's entry names, with its options."""
+    return TTMatrix(options) if name == TTMatrix.name else METHODS[name]
+
+
+def joint_method_of(name: str, options: Mapping[str, Any]) -> JointMethod:
+    """Likewise of several layers."""
+    return Tied(method_of(name, options)) if name in METHODS else JOINT_METHODS[name]
+
 
 AUTO: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not isinstance(method, ShuffledMethod))
 """What ``methods: "auto"`` mixes, besides the joint methods where groups are given. Shuffled kernels save no

@@ -117,8 +117,7 @@ class Tied:
 
     def _around(self, fit: FactorizedLayer, layer: nn.Module) -> FactorizedLayer:
         """A layer like ``layer`` with all that ``fit`` has, besides the bias."""
-        ranks = fit.plan()[1]
-        new = factorized_like(layer, self.name, ranks)
+        new = factorized_like(layer, *fit.plan())
         bias = next((name for name, p in fit.named_parameters() if p is fit.output_bias), None)
         new.load_state_dict({name: v for name, v in fit.state_dict().items() if name != bias}, strict=False)
         return new

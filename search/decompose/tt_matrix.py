@@ -1,11 +1,12 @@
 """``tt_matrix`` (Novikov et al. 2015): a Linear as a tensor train over the digits of its features.
 
-Mode sizes follow from the layer's shape (``tenfold.layers.linear_modes``). The lattice has one knob, a rank that all
+Mode sizes are given, or follow from the layer's shape (``linear_modes``). The lattice has one knob, a rank that all
 r_k share, each clipped to what is exact at its place; the algebra is in ``tensor_train``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
 from tenfold.layers.contracting import TTShape, linear_way
-from tenfold.layers.tensor_train import linear_modes
+from tenfold.layers.tensor_train import modes_of
 
 __all__ = ["TTMatrix", "tt_round", "tt_svd"]
 
@@ -61,18 +62,26 @@ FIT_MACS = 2e11
 class TTMatrix:
     name = "tt_matrix"
 
+    def __init__(self, options: Mapping[str, Any] = {}) -> None:
+        """``options``: ``in_modes`` and ``out_modes``, as ``TTLinear.like`` takes them."""
+        self.options = options
+
     def applies_to(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, nn.Linear):
             hint = " (r_tt is its form for convolutions)" if hasattr(layer, "kernel_size") else ""
             return f"tt_matrix replaces Linear, not {type(layer).__name__}{hint}"
         if min(layer.weight.shape) < 2:
             return "a Linear with one input or output has no digits to part"
+        try:
+            self.modes(layer)
+        except ValueError as error:
+            return str(error)
         return None if self.ranks(layer) else "no rank makes it smaller"
 
     def modes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """``(out_modes, in_modes)`` of the layer's matrix (of one group), taps included."""
         out, in_ = geometry(layer)[1].shape[1:]
-        return linear_modes(in_, out)
+        return modes_of(in_, out, self.options)
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         out_modes, in_modes = self.modes(layer)
@@ -88,7 +97,7 @@ class TTMatrix:
         def cheaper(rank: int) -> bool:
             train = TTShape(out_modes, in_modes, (*at(rank), 1))
             chains = (train.contraction(way, 1, 1).macs for way in train.ways() if len(way.parts) > 1)
-            return groups * train.parameters < dense and groups * min(chains) < dense
+            return groups * train.parameters < dense and any(groups * macs < dense for macs in chains)
 
         most = next((rank - 1 for rank in range(1, max(exact) + 1) if not cheaper(rank)), max(exact))
         return tuple(at(rank) for rank in ranks_between(1, most, points))
@@ -136,7 +145,8 @@ class TTMatrix:
             trains.append(equal_norms(_padded(white.leave(cores), ranks)))
             errors.append(error)
         links = {name: torch.cat(cores) for name, *cores in zip(self._links(layer), *trains, strict=True)}
-        return Fit(fill(layer, factorized_like(layer, self.name, ranks), **links), relative(parts, errors))
+        new = factorized_like(layer, self.name, ranks, self.options)
+        return Fit(fill(layer, new, **links), relative(parts, errors))
 
     def curve(
         self,

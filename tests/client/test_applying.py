@@ -74,6 +74,23 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         apply(network(), {"3": {"method": "magic", "ranks": [2]}}, {})
 
 
+def test_modes_that_a_plan_gives_are_the_layers() -> None:
+    from tenfold.layers import TTLinear
+
+    torch.manual_seed(0)
+    original, layer = nn.Sequential(nn.Linear(24, 30)), TTLinear((4, 3, 2), (2, 5, 3), (3, 4))
+    method, ranks, options = layer.plan()
+    plan = {"0": {"method": method, "ranks": list(ranks), "options": options}}
+    tensors = {f"0.{k}": v for k, v in layer.state_dict().items()}
+    x = torch.randn(5, 24)
+    assert torch.equal(apply(original, plan, tensors)(x), layer(x))
+    plan["0"]["options"] = {"in_modes": "4x3x2", "out_modes": "2x5x4"}
+    with pytest.raises(ValueError, match="24 inputs and 30 outputs; got '4x3x2' and '2x5x4'"):
+        apply(original, plan, tensors)
+    with pytest.raises(ValueError, match="svd takes no options, got in_modes"):
+        apply(original, {"0": {"method": "svd", "ranks": [2], "options": {"in_modes": "24"}}}, tensors)
+
+
 def twins() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3))

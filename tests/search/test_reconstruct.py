@@ -105,7 +105,7 @@ def test_the_plan_is_what_the_network_has_and_the_original_is_untouched(net: fx.
     for site, entry in PLAN.items():
         layer = made.get_submodule(site)
         assert isinstance(layer, FactorizedLayer)
-        assert layer.plan() == (entry.method, entry.ranks)
+        assert layer.plan() == (entry.method, entry.ranks, entry.options)
         assert 0 <= errors[site] < 1
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 

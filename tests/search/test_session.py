@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from search import latency, reload
 from search.allocate import allocate
 from search.bench import Bench, read_weights
 from search.errors import BadBaseline, BadRequest
+from search.ground import ground_of
 from search.session import Session, inspect_data, inspect_model
 from search.spec import (
     Budget,
@@ -38,6 +40,7 @@ from search.spec import (
     TrialWork,
 )
 from tenfold import exporting
+from tenfold.applying import apply
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -47,6 +50,9 @@ JOB = JobSpec(
     fine_tune=FineTune(epochs=3, short_epochs=1, batch_size=64, learning_rate=0.03),
     search=SearchSpec(calibration_samples=256),
 )
+
+MODES = {"in_modes": "8x8x8", "out_modes": "4x4x4"}
+"""Of ``fc1``."""
 
 
 class Digits(nn.Module):
@@ -262,6 +268,32 @@ def test_an_exported_candidate_answers_alike_and_is_reported(job: Opened, tmp_pa
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_fixed_layer_has_the_modes_it_was_given_in_every_file(uploads: Uploads, tmp_path: Path) -> None:
+    given = SitePlan(method="tt_matrix", ranks=(5, 4), options=MODES)
+    layers = Layers(include=("conv2",), fixed={"fc1": given})
+    session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"layers": layers, "methods": ("svd",)}))
+    profile = session.profile(0, None)
+    ground = ground_of(session.bench.spec, profile, None)
+    plan = ground.complete({"conv2": SitePlan(method="svd", ranks=(4,))})
+    assert plan["fc1"] == given
+    result = session.trial(work(plan, Rung.SHORT), profile, None, None, None, tmp_path / "t")
+    conv2, fc1 = 4 * (144 + 32) + 32, 8 * 4 * 5 + 5 * 8 * 4 * 4 + 4 * 8 * 4 + 64
+    assert result.costs.parameters == 144 + 32 + conv2 + fc1 + 650
+    assert ground.costs(plan) == (result.costs.parameters, result.costs.macs)
+    session.export(record(plan, result), tmp_path / "t" / "weights.safetensors", profile, tmp_path / "out")
+    for name in ("model.pt2", "model.onnx"):
+        assert reload.check(tmp_path / "out" / name, tmp_path / "out" / "check.npz")["max_difference"] < 1e-4
+    entries = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert entries["fc1"]["options"] == MODES
+    network = apply(Digits(), entries, load_file(tmp_path / "out" / "model.safetensors")).eval()
+    assert network.fc1.shape.in_modes == (8, 8, 8)
+    check = np.load(tmp_path / "out" / "check.npz")
+    answers = network(torch.from_numpy(check["input_0"])).detach()
+    torch.testing.assert_close(answers, torch.from_numpy(check["expected"]), rtol=1e-4, atol=1e-4)
+    again = session.profile(1, tmp_path / "t" / "weights.safetensors")
+    assert ground_of(session.bench.spec, again, plan).costs({}) == (result.costs.parameters, result.costs.macs)
+
+
 def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
     """Also int8 of so small a network is near it; a clean process finds what the report says."""
     session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"storage": tuple(Storage)}))
@@ -393,6 +425,9 @@ def test_a_fixed_method_that_does_not_fit_is_refused(uploads: Uploads, tmp_path:
         (SitePlan(method="svd", ranks=(2, 2)), "bad_rank"),
         (SitePlan(method="svd", ranks=()), "bad_rank"),
         (SitePlan(method="svd", ranks=(2,), options={"x": 1}), "unknown_option"),
+        (SitePlan(method="tt_matrix", ranks=(2, 2), options={"modes": "8x8x8"}), "unknown_option"),
+        (SitePlan(method="tt_matrix", ranks=(2, 2), options=MODES | {"in_modes": "8x8x9"}), "method_does_not_apply"),
+        (SitePlan(method="tt_matrix", ranks=(2,), options=MODES), "bad_rank"),
     ],
 )
 def test_a_fixed_plan_that_cannot_be_is_refused(uploads: Uploads, tmp_path: Path, plan: SitePlan, code: str) -> None:

@@ -3,7 +3,8 @@ exactly. Where a method takes both Linear and convolutions, it has a class for e
 alone; ``members_like`` makes several that share factors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -70,6 +71,7 @@ __all__ = [
     "factorized_like",
     "joint_like",
     "members_like",
+    "options_reason",
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
@@ -99,11 +101,15 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
 )
 
 
-def factorized_like(layer: nn.Module, method: str, ranks: Sequence[int]) -> FactorizedLayer:
+def factorized_like(
+    layer: nn.Module, method: str, ranks: Sequence[int], options: Mapping[str, Any] = {}
+) -> FactorizedLayer:
     """An untrained factorized layer for a dense ``layer``.
 
+    ``options``: of ``tt_matrix``, ``{"in_modes": "4x8x8x4", "out_modes": "5x5x5x5"}``; other methods have none.
+
     Raises:
-        ValueError: the method is unknown, or does not replace this kind of layer with these ranks.
+        ValueError: the method is unknown, or does not replace this kind of layer with these ranks and options.
     """
     known = [c for c in LAYERS if c.method == method]
     if not known:
@@ -111,23 +117,41 @@ def factorized_like(layer: nn.Module, method: str, ranks: Sequence[int]) -> Fact
         raise ValueError(f"unknown method {method!r}: this version of tenfold knows {methods}")
     for kind in known:
         if isinstance(layer, kind.replaces):
-            return kind.like(layer, ranks)
+            if reason := options_reason(method, options):
+                raise ValueError(reason)
+            like: Callable[..., FactorizedLayer] = kind.like
+            return like(layer, ranks, **options)
     kinds = sorted(t.__name__ for c in known for t in c.replaces)
     raise ValueError(f"{method} replaces {', '.join(kinds)}, got {type(layer).__name__}")
 
 
 def members_like(
-    layers: Mapping[str, nn.Module], method: str, ranks: Sequence[int], members: Mapping[str, Sequence[int]]
+    layers: Mapping[str, nn.Module],
+    method: str,
+    ranks: Sequence[int],
+    members: Mapping[str, Sequence[int]],
+    options: Mapping[str, Any] = {},
 ) -> dict[str, FactorizedLayer]:
     """Untrained factorized layers for several dense ``layers``, all around the same factors.
 
     ``members``: each layer's place. A method of several layers puts them into a grid; any other method is of one
-    weight, which all of them hold.
+    weight, which all of them hold. ``options``: as in ``factorized_like``.
 
     Raises:
-        ValueError: the method is unknown, or does not replace these layers with these ranks.
+        ValueError: the method is unknown, or does not replace these layers with these ranks and options.
     """
     if method in JOINT:
+        if reason := options_reason(method, options):
+            raise ValueError(reason)
         return dict(joint_like(layers, method, ranks, members))
     ordered = {name: layers[name] for name in sorted(members, key=lambda name: tuple(members[name]))}
-    return tie(ordered, {name: factorized_like(layer, method, ranks) for name, layer in ordered.items()})
+    return tie(ordered, {name: factorized_like(layer, method, ranks, options) for name, layer in ordered.items()})
+
+
+def options_reason(method: str, options: Mapping[str, Any]) -> str | None:
+    """Why a method cannot take options of these names, or None."""
+    known = {name for kind in LAYERS if kind.method == method for name in kind.options}
+    if unknown := sorted(options.keys() - known):
+        takes = f"the options {' and '.join(sorted(known))}" if known else "no options"
+        return f"{method} takes {takes}, got {', '.join(unknown)}"
+    return None

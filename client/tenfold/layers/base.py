@@ -36,6 +36,8 @@ class FactorizedLayer(nn.Module):
     method: ClassVar[str]
     replaces: ClassVar[tuple[type[nn.Module], ...]]
     """The dense layers that it can stand for."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """What a plan may say besides the ranks: keyword arguments of ``like``."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         super().__init__()
@@ -62,9 +64,9 @@ class FactorizedLayer(nn.Module):
         bias = self.get_submodule("last").bias
         return bias if isinstance(bias, Tensor) else None
 
-    def plan(self) -> tuple[str, tuple[int, ...]]:
-        """``(method, ranks)``, as a plan's JSON names them."""
-        return self.method, self.ranks
+    def plan(self) -> tuple[str, tuple[int, ...], dict[str, str]]:
+        """``(method, ranks, options)``, as a plan's JSON names them."""
+        return self.method, self.ranks, {}
 
     def extra_repr(self) -> str:
         return f"method={self.method}, ranks={self.ranks}"

@@ -12,8 +12,10 @@ convolution it may be the whole kernel.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,14 @@ from .contracting import TTShape, Way, build, conv_way, from_first, from_last, j
 from .keeping import Keeping
 from .planning import batch_of
 
-__all__ = ["RTTConv", "TTLinear", "balanced", "conv_modes", "linear_modes"]
+__all__ = ["RTTConv", "TTLinear", "balanced", "conv_modes", "linear_modes", "modes_of"]
 
 MODE_PRODUCT = 64
 """What o_k i_k should be about: 8 x 8 for a square matrix, the range that both papers use."""
 CONV_MODES = 3
 """Su et al. write channels with three digits."""
+MOST_MODES = 10
+"""Of those that are given: the ways to meet an input are 2^d."""
 
 
 @lru_cache(maxsize=1024)
@@ -55,6 +59,33 @@ def linear_modes(in_features: int, out_features: int) -> tuple[tuple[int, ...], 
     """
     wanted = round(math.log(max(2, in_features * out_features)) / math.log(MODE_PRODUCT))
     return _paired(in_features, out_features, wanted)
+
+
+def modes_of(
+    in_features: int, out_features: int, options: Mapping[str, Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``(out_modes, in_modes)`` of a Linear: as ``options`` give them (``TTLinear.like``), else ``linear_modes``.
+
+    Raises:
+        ValueError: they are not the sizes of such a layer's modes.
+    """
+    if not options:
+        return linear_modes(in_features, out_features)
+    given = options.get("in_modes"), options.get("out_modes")
+    in_modes, out_modes = (_sizes(text) for text in given)
+    fits = (math.prod(in_modes), math.prod(out_modes)) == (in_features, out_features)
+    if not fits or len(in_modes) != len(out_modes) or not 2 <= len(in_modes) <= MOST_MODES:
+        raise ValueError(
+            f"tt_matrix takes in_modes and out_modes like '4x8x8x4', as many in both, 2 to {MOST_MODES}, that multiply "
+            f"to the layer's {in_features} inputs and {out_features} outputs; got {given[0]!r} and {given[1]!r}"
+        )
+    return out_modes, in_modes
+
+
+def _sizes(text: Any) -> tuple[int, ...]:
+    """Of ``"4x8x8x4"``; of anything else none."""
+    written = isinstance(text, str) and re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", text)
+    return tuple(map(int, text.split("x"))) if written else ()
 
 
 def conv_modes(in_channels: int, out_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -89,6 +120,7 @@ class TTLinear(Keeping, FactorizedLayer):
 
     method = "tt_matrix"
     replaces = (nn.Linear,)
+    options = ("in_modes", "out_modes")
 
     def __init__(
         self,
@@ -105,10 +137,11 @@ class TTLinear(Keeping, FactorizedLayer):
         self.bias = _new_bias(shape.out, device, dtype) if bias else None
 
     @classmethod
-    def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "TTLinear":
+    def like(cls, layer: nn.Module, ranks: Sequence[int], **options: Any) -> "TTLinear":
+        """``options``: ``in_modes`` and ``out_modes``, each like ``"4x8x8x4"``; without, they follow from the sizes."""
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"tt_matrix replaces Linear, got {type(layer).__name__}")
-        out_modes, in_modes = linear_modes(layer.in_features, layer.out_features)
+        out_modes, in_modes = modes_of(layer.in_features, layer.out_features, options)
         w = layer.weight
         return cls(in_modes, out_modes, ranks, layer.bias is not None, w.device, w.dtype)
 
@@ -130,6 +163,13 @@ class TTLinear(Keeping, FactorizedLayer):
 
     def dense(self) -> nn.Linear:
         return dense_linear(self.dense_weight(), self.bias)
+
+    def plan(self) -> tuple[str, tuple[int, ...], dict[str, str]]:
+        shape = self.shape
+        if linear_modes(shape.in_, shape.out) == (shape.out_modes, shape.in_modes):
+            return super().plan()
+        modes = {"in_modes": shape.in_modes, "out_modes": shape.out_modes}
+        return self.method, self.ranks, {name: "x".join(map(str, sizes)) for name, sizes in modes.items()}
 
     @property
     def output_bias(self) -> Tensor | None:

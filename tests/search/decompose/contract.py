@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from search.calibrate import Statistics
-from search.decompose import METHODS, Method
+from search.decompose import Method, method_of
 from search.spec import CurvePoint
 from tenfold.layers import FactorizedLayer, factorized_like
 from tenfold.layers.base import TRANSPOSED
@@ -71,13 +71,18 @@ def output_positions(layer: nn.Module, x: Tensor) -> int:
 
 class Contract:
     method: ClassVar[str]
+    options: ClassVar[dict[str, str]] = {}
     layers: ClassVar[dict[str, Callable[[], nn.Module]]]
     full: ClassVar[Callable[[nn.Module], tuple[int, ...]]]
     """Ranks at which the method is exact."""
 
+    @classmethod
+    def named(cls) -> Method:
+        return method_of(cls.method, cls.options)
+
     @property
     def m(self) -> Method:
-        return METHODS[self.method]
+        return self.named()
 
     @pytest.fixture(autouse=True)
     def _one_seed(self) -> None:
@@ -88,13 +93,13 @@ class Contract:
     def known(cls, name: str, statistics_of: StatisticsOf) -> Known:
         layer = cls.made(name)
         x = smooth_input(layer)
-        return Known(METHODS[cls.method], layer, x, statistics_of(layer, x))
+        return Known(cls.named(), layer, x, statistics_of(layer, x))
 
     @pytest.fixture(scope="class")
     @classmethod
     def _plain(cls, name: str) -> FactorizedLayer:
         layer = cls.made(name)
-        return METHODS[cls.method].factorize(layer, cls.middle(layer), None).module
+        return cls.named().factorize(layer, cls.middle(layer), None).module
 
     @pytest.fixture
     def plain(self, _plain: FactorizedLayer) -> FactorizedLayer:
@@ -113,7 +118,7 @@ class Contract:
 
     @classmethod
     def middle(cls, layer: nn.Module) -> tuple[int, ...]:
-        lattice = METHODS[cls.method].ranks(layer)
+        lattice = cls.named().ranks(layer)
         return lattice[len(lattice) // 2]
 
     def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
@@ -157,7 +162,7 @@ class Contract:
         x = smooth_input(layer, samples=1)[:1]
         sizes = tuple(x.shape[2:])
         for ranks in self.m.ranks(layer)[::7]:
-            module = factorized_like(layer, self.method, ranks).eval()  # as the search counts
+            module = factorized_like(layer, self.method, ranks, self.options).eval()  # as the search counts
             with torch.no_grad():
                 module(x)  # a layer may keep what it makes of its factors
                 with FlopCounterMode(display=False) as counter:

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from search.decompose import METHODS
+from search.decompose import METHODS, method_of
 from search.decompose.base import problems
 from search.decompose.tensor_train import refit, whiten
 from search.decompose.tt_matrix import tt_round, tt_svd
-from tenfold.layers import RTTConv, TTLinear
+from tenfold.layers import RTTConv, TTLinear, factorized_like
 from tenfold.layers.contracting import TTShape, Way, build, conv_way, linear_way
 from tenfold.layers.planning import one_sample
 from tenfold.layers.tensor_train import balanced, conv_modes, linear_modes
@@ -44,6 +45,16 @@ class TestTTMatrix(Contract):
         return exact_ranks(*METHODS["tt_matrix"].modes(layer))
 
 
+class TestGivenModes(Contract):
+    method = "tt_matrix"
+    options: ClassVar = {"in_modes": "2x5x3", "out_modes": "4x3x2"}
+    layers: ClassVar = {"linear": lambda: nn.Linear(30, 24)}
+
+    @staticmethod
+    def full(layer: nn.Module) -> tuple[int, ...]:
+        return exact_ranks((4, 3, 2), (2, 5, 3))
+
+
 class TestRTT(Contract):
     method = "r_tt"
     layers = conv_layers() | {
@@ -67,6 +78,11 @@ def test_vgg_fc6_has_the_published_counts(rank: int, parameters: int, compressio
         layer = TTLinear(**FC6, ranks=(rank,) * 5, bias=False)
     assert sum(p.numel() for p in layer.parameters()) == parameters
     assert round(25088 * 4096 / parameters) == compression
+    dense = nn.Linear(25088, 4096, bias=False, device="meta")
+    planned = method_of("tt_matrix", {"in_modes": "2x7x8x8x7x4", "out_modes": "4x4x4x4x4x4"})
+    assert planned.applies_to(dense) is None
+    assert planned.cost(dense, (rank,) * 5, 1)[0] == parameters
+    assert factorized_like(dense, *layer.plan()).shape == layer.shape
 
 
 def test_vgg_fc6_and_fc7_at_rank_4_have_3168_parameters() -> None:
@@ -139,6 +155,34 @@ def test_no_mode_is_1_unless_a_size_is_prime(size_in: int, size_out: int) -> Non
 
 def test_a_prime_takes_two_pairs_and_no_more() -> None:
     assert linear_modes(4099, 4096) == ((64, 64), (1, 4099))
+
+
+def test_a_plan_names_modes_only_where_they_do_not_follow_from_the_sizes() -> None:
+    assert TTLinear((8, 8, 8), (8, 8, 8), (2, 2)).plan() == ("tt_matrix", (2, 2), {})
+    modes = {"in_modes": "4x8x8x4", "out_modes": "5x5x5x5"}
+    assert TTLinear((4, 8, 8, 4), (5, 5, 5, 5), (3, 3, 3)).plan() == ("tt_matrix", (3, 3, 3), modes)
+
+
+@pytest.mark.parametrize(
+    ("in_modes", "out_modes"),
+    [
+        ("4x8x8", "5x5x5x5"),
+        ("4x8x32", "5x5x5x5"),
+        ("1024", "625"),
+        ("4x8x8x4", None),
+        ("4x8x8x4 ", "5x5x5x5"),
+        ([4, 8, 8, 4], "5x5x5x5"),
+        ("-4x8x8x-4", "5x5x5x5"),
+        ("x".join(["2"] * 10 + ["1"]), "5x5x5x5" + "x1" * 7),
+    ],
+)
+def test_modes_that_are_not_the_layers_are_refused_with_its_sizes(in_modes: object, out_modes: object) -> None:
+    options = {"in_modes": in_modes} | ({} if out_modes is None else {"out_modes": out_modes})
+    layer = nn.Linear(1024, 625)
+    message = f"1024 inputs and 625 outputs; got {re.escape(repr(in_modes))} and {re.escape(repr(out_modes))}"
+    with pytest.raises(ValueError, match=message):
+        factorized_like(layer, "tt_matrix", (2, 2, 2), options)
+    assert re.search(message, str(method_of("tt_matrix", options).applies_to(layer)))
 
 
 # ------------------------------------------------------------------------------------------------------------- oracles
