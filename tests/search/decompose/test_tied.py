@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from search import cost
 from search.calibrate import Statistics, collect
-from search.decompose import METHODS, OF_SEVERAL, Group, same_weight
+from search.decompose import METHODS, OF_SEVERAL, Group, joint_method_of, same_weight
 from tenfold.layers import LowRankEmbedding, LowRankHead, members_like
 
 from .conftest import smooth_input
@@ -90,6 +90,16 @@ def test_a_bias_that_is_one_stays_one() -> None:
     assert fit.modules[0].output_bias is fit.modules[1].output_bias
     whole = nn.ModuleList(fit.modules)
     assert OF_SEVERAL["svd"].cost(of, (3,), positions(of))[0] == sum(p.numel() for p in whole.parameters())
+
+
+def test_given_modes_are_those_of_every_member() -> None:
+    of, options = linears(), {"in_modes": "7x2", "out_modes": "2x5"}
+    fit = joint_method_of("tt_matrix", options).factorize(of, (3,), known(of))
+    assert {str(module.plan()) for module in fit.modules} == {str(("tt_matrix", (3,), options))}
+    members = {name: (i,) for i, name in enumerate(of.names)}
+    again = members_like(dict(zip(of.names, of.layers, strict=True)), "tt_matrix", (3,), members, options)
+    for module, name in zip(fit.modules, of.names, strict=True):
+        again[name].load_state_dict(module.state_dict())
 
 
 @EACH
