@@ -371,23 +371,26 @@ def output_positions_of(layer: nn.Module, output_positions: int, input_sizes: Se
         return output_positions
     if input_sizes is None:
         return output_positions * math.prod(layer.stride)
-    axes = zip(
-        *(input_sizes, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding),
-        strict=True,
-    )
-    return math.prod((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
+    return math.prod(_sizes_along(layer, input_sizes))
 
 
 def middle_positions(layer: nn.Module, output_positions: int, input_sizes: Sequence[int] | None) -> int:
-    """How often a k x 1 link is applied: it strides along the first axis, and the others are still the input's."""
+    """How many outputs a k x 1 link has: it strides along the first axis, and the others are still the input's."""
     if input_sizes is None:
-        return output_positions * math.prod(conv_of(layer).stride[1:])
+        first, *others = conv_of(layer).stride
+        return output_positions * (first if isinstance(layer, TRANSPOSED) else math.prod(others))
     return _sizes_along(layer, input_sizes)[0] * math.prod(input_sizes[1:])
 
 
 def _sizes_along(layer: nn.Module, input_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spatial output sizes of a convolution for spatial ``input_sizes``."""
     layer = conv_of(layer)
+    if isinstance(layer, ConvTranspose):
+        axes = zip(
+            *(input_sizes, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding),
+            strict=True,
+        )
+        return tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
     if isinstance(layer.padding, str):
         before = after = [0] * len(layer.kernel_size)
         if layer.padding == "same":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search.decompose.base import Problem
-from search.matrices import weight_of
+from search.matrices import matrices
 
 __all__ = [
     "CURVE_SWEEPS",
@@ -260,8 +260,7 @@ def starts(parts: Sequence[Problem], taps: int, rank: int, start: nn.Module | No
     """P of each group to begin with: of a fitted layer, if one is given, else of the whitened subspace."""
     if start is None:
         return [project(part, taps)[:rank] for part in parts]
-    first = weight_of(start.get_submodule("first")).detach().to("cpu", torch.float64)
-    return list(first.reshape(len(parts), rank, -1))
+    return list(matrices(start.get_submodule("first")).detach().to("cpu", torch.float64))
 
 
 def _inverse(matrix: Tensor) -> Tensor:

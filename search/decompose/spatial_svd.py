@@ -3,7 +3,7 @@
 "Rows" are the kernel's first axis and "columns" its others together: with three axes k x 1 x 1 then 1 x k x k (Tran et
 al. 2018, "A closer look at spatiotemporal convolutions for action recognition", where the first axis is time). With
 groups each has its own pair of factors, all of one rank; so a depthwise k x k becomes ``r`` depthwise k x 1 for each
-channel and the sum of their 1 x k, ``2 k r`` weights for ``k k``.
+channel and the sum of their 1 x k, ``2 k r`` weights for ``k k``. A transposed convolution becomes two transposed ones.
 
 The plain one is a singular value decomposition. In the norm of C the two factors are found by alternating least
 squares from a whitened start: see ``projection`` with one tap for each column, and ``depthwise`` where a group has one
@@ -45,7 +45,7 @@ from search.decompose.tightening import tightened
 from search.decompose.variational import by_rows, variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
-from tenfold.layers.base import CONVS
+from tenfold.layers.base import TRANSPOSED, Conv, ConvTranspose
 
 __all__ = ["SpatialSVD"]
 
@@ -54,8 +54,8 @@ class SpatialSVD:
     name = "spatial_svd"
 
     def applies_to(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, CONVS) or len(layer.kernel_size) == 1:
-            return f"{self.name} replaces Conv2d and Conv3d, not {type(layer).__name__}"
+        if not isinstance(layer, Conv | ConvTranspose) or len(layer.kernel_size) == 1:
+            return f"{self.name} replaces convolutions of two or three axes, not {type(layer).__name__}"
         if min(_sizes(layer)[:2]) == 1:
             return f"a kernel of {tuple(layer.kernel_size)} has nothing to separate"
         return None if self.ranks(layer) else "no rank makes it smaller"
@@ -77,7 +77,9 @@ class SpatialSVD:
         groups = conv_of(layer).groups
         first, last = (groups * ranks[0] * size for size in (c_in * rows, c_out * columns))
         middle = middle_positions(layer, output_positions, input_sizes)
-        return first + last + bias_parameters(layer), first * middle + last * output_positions
+        # A link runs once for each of its outputs, a transposed one for each of its inputs.
+        runs = (output_positions, middle) if isinstance(layer, TRANSPOSED) else (middle, output_positions)
+        return first + last + bias_parameters(layer), first * runs[0] + last * runs[1]
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         return (variational_rank(layer, by_rows),)

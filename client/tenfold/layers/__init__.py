@@ -17,6 +17,7 @@ from .chains import (
     LowRankEmbedding,
     LowRankLinear,
     SpatialSVDConv,
+    SpatialSVDConvTranspose,
     Tucker2Conv,
     Tucker2ConvTranspose,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "ShuffledTuckerConv",
     "ShuffledTuckerLinear",
     "SpatialSVDConv",
+    "SpatialSVDConvTranspose",
     "TTConv2d",
     "TTLinear",
     "Tucker2Conv",
@@ -84,6 +86,7 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     InputLowRankConv,
     InputLowRankConvTranspose,
     SpatialSVDConv,
+    SpatialSVDConvTranspose,
     Tucker2Conv,
     Tucker2ConvTranspose,
     CP3Conv,

@@ -141,26 +141,25 @@ class ConvChain(FactorizedLayer):
 
         ``groups``: the dense layer's, unless the link has its own.
         """
-        d = len(self.kernel_size)
         on = range(0) if axes is None else axes
-
-        def pick(values: Sequence[int], off: int) -> tuple[int, ...]:
-            return tuple(values[a] if a in on else off for a in range(d))
-
-        padding: Any = pick(self.padding, 0) if not isinstance(self.padding, str) else self.padding
-        return CONVS[d - 1](
+        padding: Any = self._along(on, self.padding, 0) if not isinstance(self.padding, str) else self.padding
+        return CONVS[len(self.kernel_size) - 1](
             c_in,
             c_out,
-            pick(self.kernel_size, 1),  # type: ignore[arg-type]
-            stride=pick(self.stride, 1),  # type: ignore[arg-type]
+            self._along(on, self.kernel_size, 1),  # type: ignore[arg-type]
+            stride=self._along(on, self.stride, 1),  # type: ignore[arg-type]
             padding=padding,
-            dilation=pick(self.dilation, 1),  # type: ignore[arg-type]
+            dilation=self._along(on, self.dilation, 1),  # type: ignore[arg-type]
             groups=self.groups if groups is None else groups,
             bias=bias,
             # A pointwise link pads nothing; zeros keeps it on the fast path.
             padding_mode=self.padding_mode if len(on) else "zeros",
             **self._make,
         )
+
+    def _along(self, axes: Sequence[int], values: Sequence[int], off: int) -> tuple[int, ...]:
+        """``values`` along these axes, ``off`` along the others."""
+        return tuple(values[a] if a in axes else off for a in range(len(self.kernel_size)))
 
     def output_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Spatial sizes of the output for those of an input."""
@@ -208,7 +207,7 @@ class ConvChain(FactorizedLayer):
 
 
 class TransposedChain(ConvChain):
-    """The chains of transposed convolutions: the link with the kernel is transposed, the others are pointwise."""
+    """The chains of transposed convolutions: links with a part of the kernel are transposed, the others pointwise."""
 
     replaces = TRANSPOSED
 
@@ -249,22 +248,28 @@ class TransposedChain(ConvChain):
     ) -> Any:
         if axes is None:
             return super()._link(c_in, c_out, None, bias, groups)
-        return self._transposed(c_in, c_out, bias, **self._make)
+        return self._transposed(c_in, c_out, axes, bias, **self._make)
 
-    def _transposed(self, c_in: int, c_out: int, bias: bool, **make: Any) -> ConvTranspose:
-        geometry: Any = {
-            "stride": self.stride,
-            "padding": self.padding,
-            "output_padding": self.output_padding,
-            "dilation": self.dilation,
-        }
+    def _transposed(self, c_in: int, c_out: int, axes: Sequence[int], bias: bool, **make: Any) -> ConvTranspose:
         kind: Any = TRANSPOSED[len(self.kernel_size) - 1]
-        layer: ConvTranspose = kind(c_in, c_out, self.kernel_size, groups=self.groups, bias=bias, **geometry, **make)
+        layer: ConvTranspose = kind(
+            c_in,
+            c_out,
+            self._along(axes, self.kernel_size, 1),
+            stride=self._along(axes, self.stride, 1),
+            padding=self._along(axes, self.padding, 0),  # type: ignore[arg-type]
+            output_padding=self._along(axes, self.output_padding, 0),
+            dilation=self._along(axes, self.dilation, 1),
+            groups=self.groups,
+            bias=bias,
+            **make,
+        )
         return layer
 
     def dense(self) -> nn.Module:
         w, bias = self.dense_weight(), self.output_bias
-        layer = self._transposed(self.in_channels, self.out_channels, bias is not None, device=w.device, dtype=w.dtype)
+        axes, make = range(len(self.kernel_size)), {"device": w.device, "dtype": w.dtype}
+        layer = self._transposed(self.in_channels, self.out_channels, axes, bias is not None, **make)
         fill_dense(layer, w, bias)
         return layer
 

@@ -7,7 +7,8 @@
     Tucker2Conv          first 1 x 1 (in -> r1)     core k x k (r1 -> r2)     last 1 x 1 (r2 -> out, bias)
     LowRankEmbedding     first look-up (n -> r)     last (r -> d)
 
-A transposed convolution has the same chains as a convolution, its k x k link transposed.
+A transposed convolution has the same chains as a convolution, its links with a part of the kernel transposed: zeros go
+between its inputs along one axis after the other, so that k x 1 then 1 x k is exact there too.
 
 Only the k x k link (or the two one-dimensional links, each along its own axis) carries stride, padding and dilation.
 With groups, every link has the same number of groups and ranks count *per group*.
@@ -28,6 +29,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "SpatialSVDConv",
+    "SpatialSVDConvTranspose",
     "Tucker2Conv",
     "Tucker2ConvTranspose",
 ]
@@ -226,6 +228,10 @@ class LowRankConvTranspose(TransposedChain, LowRankConv):
 
 class InputLowRankConvTranspose(TransposedChain, InputLowRankConv):
     """A 1 x 1 to ``rank`` channels (per group), then the transposed k x k."""
+
+
+class SpatialSVDConvTranspose(TransposedChain, SpatialSVDConv):
+    """A transposed k x 1 to ``rank`` channels (per group), then a transposed 1 x k."""
 
 
 class Tucker2ConvTranspose(TransposedChain, Tucker2Conv):

@@ -6,7 +6,7 @@ from torch import nn
 from search.decompose import METHODS
 
 from .conftest import smooth_input
-from .contract import Contract, StatisticsOf, conv_layers, output_positions
+from .contract import Contract, StatisticsOf, conv_layers, output_positions, transposed_layers
 
 
 class TestSpatialSVD(Contract):
@@ -26,6 +26,19 @@ class TestSpatialSVD(Contract):
     def full(layer: nn.Module) -> tuple[int, ...]:
         rows, *others = layer.kernel_size
         return (min(layer.in_channels * rows, layer.out_channels * int(np.prod(others))) // layer.groups,)
+
+
+class TestSpatialSVDOfTransposed(TestSpatialSVD):
+    layers = {name: make for name, make in transposed_layers().items() if name != "one axis"} | {
+        "up": lambda: nn.ConvTranspose2d(12, 10, 3, stride=2),
+        "depthwise": lambda: nn.ConvTranspose2d(6, 6, 4, stride=2, padding=1, groups=6),
+        "depthwise, several outputs each": lambda: nn.ConvTranspose2d(4, 12, (5, 4), padding=1, groups=4, bias=False),
+    }
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 3)])
+def test_layers_without_two_axes_are_refused(layer: nn.Module) -> None:
+    assert type(layer).__name__ in str(METHODS["spatial_svd"].applies_to(layer))
 
 
 def test_without_statistics_it_is_the_truncated_svd_of_the_spatial_unfolding() -> None:
