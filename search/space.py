@@ -23,8 +23,10 @@ __all__ = [
     "Params",
     "SearchSpace",
     "Start",
+    "allocated",
     "analytic",
     "at_share",
+    "macs_share",
     "space_for",
     "starts",
 ]
@@ -76,7 +78,7 @@ def _recipe_knobs(spec: JobSpec) -> dict[str, BaseDistribution]:
     return {LEARNING_RATE_SCALE: FloatDistribution(0.4, 2.5, log=True)} if spec.fine_tune.trains else {}
 
 
-def _macs_share(spec: JobSpec) -> float:
+def macs_share(spec: JobSpec) -> float:
     """How much multiply-accumulates weigh against parameters unless the sampler says otherwise.
 
     Never one alone: ranks split by parameters only left nearly twice the multiply-accumulates (PEERS, lesson 3).
@@ -118,7 +120,7 @@ class GuidedSpace:
         range_of_kept = ranges["kept"]
         assert isinstance(range_of_kept, FloatDistribution)  # noqa: S101 - for the type checker
         kept = min(max(kept, range_of_kept.low), range_of_kept.high)
-        neutral: Params = {"kept": kept, "macs_share": _macs_share(self._spec), "sensitivity": 1.0}
+        neutral: Params = {"kept": kept, "macs_share": macs_share(self._spec), "sensitivity": 1.0}
         neutral |= {f"depth_{i}": 0.0 for i in range(self._groups - 1)}
         neutral |= {knob: True for knob in ranges if knob.startswith("use_")}
         return neutral | ({LEARNING_RATE_SCALE: 1.0} if LEARNING_RATE_SCALE in ranges else {})
@@ -133,10 +135,10 @@ class GuidedSpace:
             weights[site.site] = 2.0**depth * site.sensitivity ** (exponent - 1.0)
         weights = self.ground.weights(weights)
         methods = {m for m in self.ground.methods if params.get(f"use_{m}", True)}
-        return _allocated(self.ground, float(params["kept"]), float(params["macs_share"]), weights, methods or None)
+        return allocated(self.ground, float(params["kept"]), float(params["macs_share"]), weights, methods or None)
 
     def params_of(self, plan: Plan) -> Params:
-        return self._neutral(self.ground.share(plan, _macs_share(self._spec)))
+        return self._neutral(self.ground.share(plan, macs_share(self._spec)))
 
 
 class FullSpace:
@@ -148,7 +150,7 @@ class FullSpace:
         self._spec = spec
         self.ground = ground
         self._span = {site.site: 1.0 for site in ground.sites} | {group.site: 0.5 for group in ground.groups}
-        self._ladders = {site.site: _ladder(site, _macs_share(spec)) for site in (*ground.sites, *ground.groups)}
+        self._ladders = {site.site: _ladder(site, macs_share(spec)) for site in (*ground.sites, *ground.groups)}
 
     def distributions(self) -> dict[str, BaseDistribution]:
         knobs: dict[str, BaseDistribution] = {f"site:{name}": FloatDistribution(0.0, 1.0) for name in self._ladders}
@@ -183,7 +185,7 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     training (PEERS, lesson 1); which of them wins depends on the recipe, so both are measured.
     """
     ground = space.ground
-    share = _macs_share(spec)
+    share = macs_share(spec)
     first = ground.profile.stage == 0
     rates = _RATES if first else _LATER_RATES
     every = (*ground.sites, *ground.groups)
@@ -191,7 +193,7 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     analysed = sorted(ground.methods, key=lambda m: _ANALYSED.index(m) if m in _ANALYSED else len(_ANALYSED))
 
     def allocator(ratio: float) -> Start:
-        plan = _allocated(ground, ratio * ground.share({}, share), share, None, None)
+        plan = allocated(ground, ratio * ground.share({}, share), share, None, None)
         return Start(space.params_of(plan) | {"start": "allocator"}, plan)
 
     def given(name: str, plan: Plan) -> Start:
@@ -213,11 +215,11 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
 
 def at_share(spec: JobSpec, space: SearchSpace, kept: float) -> Start:
     """The allocator's plan that keeps ``kept`` of the original's cost."""
-    plan = _allocated(space.ground, kept, _macs_share(spec), None, None)
+    plan = allocated(space.ground, kept, macs_share(spec), None, None)
     return Start(space.params_of(plan) | {"start": "boundary"}, plan)
 
 
-def _allocated(
+def allocated(
     ground: Ground, kept: float, macs_share: float, weights: dict[str, float] | None, methods: set[str] | None
 ) -> Plan:
     parameters = ground.parameters - sum(site.dense_parameters for site in ground.sites)

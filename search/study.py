@@ -24,8 +24,9 @@ from optuna.trial import TrialState as OptunaState
 
 from search.front import measured, ratios, size
 from search.ground import Ground, ground_of
+from search.moves import MOVED, moved
 from search.predict import Predictor, unit
-from search.space import LOWEST, Params, SearchSpace, at_share, space_for, starts
+from search.space import LOWEST, Params, SearchSpace, Start, at_share, macs_share, space_for, starts
 from search.spec import JobSpec, Outcome, Plan, Profile, Rung, Sampler, TrialRecord, TrialState, TrialWork
 
 __all__ = ["ground_for", "next_trials", "plan_key", "rebuild"]
@@ -102,7 +103,7 @@ class _Proposals:
         self._predictor = Predictor(spec, self._profile, history)
 
     def next(self, number: int) -> tuple[Params, Plan] | None:
-        if number % 2 == 0 and (found := self._at_the_boundary()) is not None:
+        if number % 2 == 0 and (found := self._at_the_boundary(number)) is not None:
             return found
         for start in self._starts:
             if self._is_new(start.plan):
@@ -114,28 +115,42 @@ class _Proposals:
                 return self._take(params, plan)
         return self._perturbed(random.Random(_seed(self._spec, number, _ASKS)))  # noqa: S311 - not a secret
 
-    def _at_the_boundary(self) -> tuple[Params, Plan] | None:
+    def _at_the_boundary(self, number: int) -> tuple[Params, Plan] | None:
         """The allocator's plan half way between its smallest candidate that should keep the budget and its next
-        smaller one that should not: in tens of trials a sampler does not find that boundary, halving does.
+        smaller one that should not: in tens of trials a sampler does not find that boundary, halving does. Once it is
+        known, moves of the smallest.
 
-        Only its own count: another's plan of that size that fails says nothing of the allocator's.
+        Only its own count: another's plan of that size that fails says nothing of the allocator's. Sizes are in the
+        allocator's own mix of costs, for what is asked of it must lie between what was found.
         """
+        ground, mix = self._space.ground, macs_share(self._spec)
         kept: list[float] = []
         beyond: list[float] = []
         for record in self._stage:
-            best, final = measured(record), self._predictor.final(record)
-            if best is not None and final is not None and record.params.get("start") in _ALLOCATED:
-                share = size(best.costs, self._profile.costs, self._spec.minimize)
-                (kept if final.mean <= self._profile.max_drop else beyond).append(share)
+            final = self._predictor.final(record)
+            if final is not None and record.params.get("start") in _ALLOCATED:
+                (kept if final.mean <= self._profile.max_drop else beyond).append(ground.share(record.plan, mix))
         if len(kept) + len(beyond) < _FIRST:
             return None
-        ground = self._space.ground
         smallest = min(kept, default=ground.start_share)
         largest = max((share for share in beyond if share < smallest), default=max(ground.least_share, LOWEST))
         if largest > _CLOSED * smallest:
-            return None
-        start = at_share(self._spec, self._space, math.sqrt(smallest * largest))
-        return self._take(start.params, start.plan) if self._is_new(start.plan) else None
+            start = self._moved(number)
+        else:
+            start = at_share(self._spec, self._space, math.sqrt(smallest * largest))
+        return self._take(start.params, start.plan) if start is not None and self._is_new(start.plan) else None
+
+    def _moved(self, number: int) -> Start | None:
+        """A move of the smallest of the allocator's candidates, or of their moves, that should keep the budget."""
+        best: tuple[float, TrialRecord] | None = None
+        for record in self._stage:
+            result, final = measured(record), self._predictor.final(record)
+            if result is None or final is None or final.mean > self._profile.max_drop:
+                continue
+            share = size(result.costs, self._profile.costs, self._spec.minimize)
+            if (record.params.get("start") in _ALLOCATED or MOVED in record.params) and (not best or share < best[0]):
+                best = share, record
+        return moved(self._spec, self._space, best[1], self._stage, number) if best else None
 
     def _is_new(self, plan: Plan) -> bool:
         return plan_key(plan) not in self._seen and self._space.ground.saves(plan, self._spec.minimize)
