@@ -168,30 +168,30 @@ def solve(problem: Problem, p: Tensor, taps: int) -> Nested:
 def refine(problem: Problem, p: Tensor, q: Tensor, taps: int) -> Tensor:
     """A better ``p`` for a given ``q`` (out, r * taps): conjugate gradients on its normal equations, from ``p``.
 
-    Where C is the identity they come apart by input and are solved at once. Else in single precision, both sides
-    brought to size one: the error is flat around its least, and is told by ``solve``.
+    In orthonormal coordinates of what ``q`` hands on: along combinations of P's rows that it does not, the equations
+    are singular, and ``p`` stays. Where C is the identity they come apart by input and are solved at once. Else in
+    single precision, for the change of ``p`` alone: the error is flat around its least, and is told by ``solve``.
     """
     r, a = p.shape
     weighed = (problem.rows[:, None] * q).reshape(-1, r, taps)
-    if problem.white:
-        seen = torch.einsum("ort,oat->ra", weighed, problem.weighed.reshape(-1, a, taps))
-        return _inverse(torch.einsum("ort,ost->rs", weighed, weighed)) @ seen
+    turn = _inverse_root(torch.einsum("ort,ost->rs", weighed, weighed))
+    basis = torch.einsum("ort,rk->okt", weighed, turn)
+    gap = problem.weighed - torch.einsum("ort,ra->oat", weighed, p).flatten(1)
+    right = torch.einsum("okt,oat->ka", basis, problem.spread(gap).reshape(-1, a, taps))
+    k = len(right)
+    if problem.white or k == 0:
+        return p + turn @ right
     moments = problem.full.reshape(a, taps, a, taps)
-    gram = torch.einsum("ort,osu->rtsu", weighed, weighed)
-    cross = problem.spread(problem.weighed).reshape(-1, a, taps)
-    right = torch.einsum("ort,oat->ra", weighed, cross)
-    mixing, mixing_size = _single(gram.permute(0, 1, 3, 2).reshape(r * taps * taps, r))
+    mixing = torch.einsum("okt,olu->ktul", basis, basis).reshape(k * taps * taps, k).float()
     spread, spread_size = _single(moments.permute(3, 1, 0, 2).reshape(taps * taps * a, a))
-    right, right_size = _single(right / (mixing_size * spread_size))
+    right, size = _single(right / spread_size)
+    center, _ = _single(_inverse(moments.diagonal(dim1=1, dim2=3).mean(-1)))
 
     def apply(x: Tensor) -> Tensor:
-        return (mixing @ x).reshape(r, taps * taps * a) @ spread
+        return (mixing @ x).reshape(k, taps * taps * a) @ spread
 
-    left, _ = _single(_inverse(torch.einsum("rtst->rs", gram)))
-    center, _ = _single(_inverse(moments.diagonal(dim1=1, dim2=3).mean(-1)))
-    begin = (p / right_size).float()
-    found = conjugate_gradients(apply, lambda residual: left @ residual @ center, begin, right, ITERATIONS)
-    return found.double() * right_size
+    found = conjugate_gradients(apply, lambda residual: residual @ center, torch.zeros_like(right), right, ITERATIONS)
+    return p + turn @ (found.double() * size)
 
 
 def _single(x: Tensor) -> tuple[Tensor, float]:
@@ -266,3 +266,11 @@ def starts(parts: Sequence[Problem], taps: int, rank: int, start: nn.Module | No
 def _inverse(matrix: Tensor) -> Tensor:
     jitter = 1e-6 * matrix.diagonal().mean().clamp_min(1e-300)
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype)))
+
+
+def _inverse_root(matrix: Tensor) -> Tensor:
+    """(r, k): a square root of the inverse of a positive semidefinite matrix, where it has one."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-6 * values.mean()
+    root: Tensor = vectors[:, kept] / values[kept].sqrt()
+    return root

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from search.decompose.base import Problem
 from search.decompose.projection import alternate, errors_of_inputs, errors_of_ranks, project, refine, solve
@@ -73,6 +74,24 @@ def test_the_best_inputs_in_the_plain_norm_are_a_least_squares_solution() -> Non
     wanted = part.weighed.reshape(-1, 5, TAPS).transpose(1, 2).reshape(-1, 5)
     expected = torch.from_numpy(np.linalg.lstsq(equations.numpy(), wanted.numpy(), rcond=None)[0])
     torch.testing.assert_close(better, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_inputs_are_left_alone_where_the_outputs_do_not_see_them(white: bool) -> None:
+    part = problem(white=white)
+    g = torch.Generator().manual_seed(1)
+    seen, p, q = (torch.randn(*size, generator=g, dtype=torch.float64) for size in ((2, 4), (4, 5), (7, 2, TAPS)))
+
+    def error(first: Tensor) -> float:
+        """Of a ``first`` (2, 5) right before ``q``."""
+        return part.error(torch.einsum("ort,ra->oat", q, first).flatten(1))
+
+    better = refine(part, p, torch.einsum("ort,rs->ost", q, seen).flatten(1), TAPS)
+    unseen = torch.linalg.svd(seen).Vh[2:]
+    torch.testing.assert_close(unseen @ better, unseen @ p)
+    assert error(seen @ better) == pytest.approx(error(refine(part, seen @ p, q.flatten(1), TAPS)), rel=1e-5)
+    assert error(seen @ better) < error(seen @ p)
+    assert torch.equal(refine(part, p, torch.zeros(7, 4 * TAPS, dtype=p.dtype), TAPS), p)
 
 
 def points(*errors: float) -> list[CurvePoint]:
