@@ -7,11 +7,15 @@ member runs in three small links instead of a wide k x k one.
 
 The start is TT-SVD in whitened inputs; since no member's link can be told before the shared one is, a few rounds of
 least squares follow for each ``low`` before the outputs are cut, which gives all ``high`` at once.
+
+More than ``high`` * taps inputs are of no use to a core. Without a kernel that leaves ``low`` = ``high``, where the cut
+of the outputs of whole kernels is the only one: the first links take the core up.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +43,8 @@ from tenfold.layers import FactorizedLayer
 __all__ = ["JointMPS"]
 
 LOWS, HIGHS = 12, 10
+SQUARES = 36
+"""Ranks ``low`` = ``high``, where the core has no kernel."""
 FIRST_SWEEPS = 2
 """Rounds for the wide core, before the outputs are cut."""
 
@@ -55,8 +61,8 @@ class JointMPS:
         dense = group.dense(none)[0]
         lattice = []
         for bonds in _bonds(group.grid):
-            for low in ranks_between(1, in_, LOWS):
-                for high in ranks_between(1, min(out, low * taps), HIGHS):
+            for low in ranks_between(1, in_, LOWS if taps > 1 else SQUARES):
+                for high in ranks_between(-(-low // taps), min(out, low * taps), HIGHS):
                     if self.cost(group, (*bonds, low, high), none)[0] < dense:
                         lattice.append((*bonds, low, high))
         return tuple(lattice)
@@ -92,8 +98,12 @@ class JointMPS:
     ) -> JointFit:
         pool = Pool(group, statistics, metrics)
         *bonds, low, high = ranks
-        modes, wide, projected = _wide(pool, _rows(pool), group.grid, bonds, low)
-        family = pool.improve(_narrow(pool, projected, wide, high))
+        modes, wide, projected = _wide(pool, _rows(pool), group.grid, bonds, _width(pool, low, high))
+        family = _narrow(pool, projected, wide, high)
+        if wide.first.shape[1] > low:
+            first = torch.einsum("sr,hra->hsa", family.core[0], family.first)
+            family = replace(family, first=first, core=torch.eye(high, dtype=first.dtype)[None])
+        family = pool.improve(family)
         modules = built(group, self.name, ranks, modes, family, pool.unroot)
         return JointFit(modules, tuple(pool.errors(pool.project(family.firsts()), family.outers())))
 
@@ -121,15 +131,12 @@ class JointMPS:
     ) -> tuple[CurvePoint, ...]:
         pool = Pool(group, statistics, metrics)
         rows = _rows(pool)
-        highs: dict[tuple[int, ...], list[int]] = {}
-        for *before, high in self.ranks(group):
-            highs.setdefault(tuple(before), []).append(high)
         errors: dict[tuple[int, ...], Sequence[float]] = {}
-        for (*bonds, low), wanted in highs.items():
-            _, wide, projected = _wide(pool, rows, group.grid, bonds, low)
-            for high in wanted:
-                outers = _narrow(pool, projected, wide, high).outers()
-                errors[*bonds, low, high] = pool.errors(projected, outers)
+        starts = groupby(self.ranks(group), key=lambda ranks: (*ranks[:-2], _width(pool, *ranks[-2:])))
+        for (*bonds, width), wanted in starts:
+            _, wide, projected = _wide(pool, rows, group.grid, bonds, width)
+            for ranks in wanted:
+                errors[ranks] = pool.errors(projected, _narrow(pool, projected, wide, ranks[-1]).outers())
         return points(self, group, statistics, output_positions, errors)
 
     def variational_ranks(self, group: Group) -> tuple[int, ...]:
@@ -145,6 +152,11 @@ def _bonds(grid: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     whole = tuple(math.prod(grid[: k + 1]) for k in range(len(grid)))
     half = -(-whole[-1] // 2)
     return (whole, tuple(min(bond, half) for bond in whole))
+
+
+def _width(pool: Pool, low: int, high: int) -> int:
+    """How many inputs the core has whose outputs are then cut: enough for whole kernels where no other cut is due."""
+    return pool.out if pool.taps == 1 and low == high else low
 
 
 def _rows(pool: Pool) -> Tensor:
