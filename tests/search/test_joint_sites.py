@@ -205,8 +205,11 @@ def test_the_allocator_takes_the_group_only_where_that_is_better(job: Job) -> No
         assert GROUP not in plan or not plan.keys() & group.members.keys()
 
 
-def test_files_hold_shared_factors_once_and_load_without_the_server(job: Job, uploads: Uploads, tmp_path: Path) -> None:
-    plan = joint_plan(job, "joint_tucker", 0.6)
+@pytest.mark.parametrize("method", ["joint_tucker", "joint_mps"])
+def test_files_hold_shared_factors_once_and_load_without_the_server(
+    job: Job, uploads: Uploads, method: str, tmp_path: Path
+) -> None:
+    plan = joint_plan(job, method, 0.6)
     result = job.session.trial(work(plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "trial")
     done = TrialRecord(
         number=3, stage=0, parent=None, params={}, plan=plan, state=TrialState.DONE, rung=Rung.CHEAP,
@@ -223,7 +226,10 @@ def test_files_hold_shared_factors_once_and_load_without_the_server(job: Job, up
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == stored
     model = onnx.load(tmp_path / "model.onnx")
     *_, low, high = plan[GROUP].ranks
-    assert [list(i.dims) for i in model.graph.initializer].count([low, 16, 1, 1]) == 1
+    held = [list(i.dims) for i in model.graph.initializer]
+    member = next(layer for _, layer in named_sites(network) if isinstance(layer, JointLayer))
+    assert held.count(list(member.shared.core.shape)) == 1
+    assert held.count([low, 16, 1, 1]) == (1 if method == "joint_tucker" else 4)
     # The exporter folds each member's batch norm into its output factor: four of those, all else once.
     initializers = sum(len(onnx.numpy_helper.to_array(i).tobytes()) for i in model.graph.initializer)
     assert initializers <= stored + 4 * 3 * 16 * (high + 1)
@@ -241,7 +247,7 @@ def test_files_hold_shared_factors_once_and_load_without_the_server(job: Job, up
     rows = [layers[name] for name in plan[GROUP].members]
     assert {row["together"] for row in rows} == {4}
     group = job.profile.groups[0]
-    point = next(p for p in group.curves["joint_tucker"] if p.ranks == plan[GROUP].ranks)
+    point = next(p for p in group.curves[method] if p.ranks == plan[GROUP].ranks)
     assert sum(row["parameters"] for row in rows) == point.parameters
     assert "with 3 others" in (tmp_path / "report.html").read_text()
 
