@@ -78,7 +78,12 @@ def _try(session: Session, found: Search, work: TrialWork, out: Path) -> None:
     weights = None if work.rung is Rung.CHEAP else found.weights.get(work.number)
     result = session.trial(work, found.profile, parent, weights, None, out)
     record = record_of(work, before)
-    record = record.model_copy(update={"state": TrialState.DONE, "results": {**record.results, work.rung: result}})
+    update = {
+        "plan": result.built(record.plan),
+        "state": TrialState.DONE,
+        "results": {**record.results, work.rung: result},
+    }
+    record = record.model_copy(update=update)
     found.history = [r for r in found.history if r.number != work.number] + [record]
     if (out / "weights.safetensors").exists():
         found.weights[work.number] = out / "weights.safetensors"

@@ -90,6 +90,7 @@ def complete_trial(
     at = now(s)
     usable = result.value is not None
     trial.results = {**trial.results, result.rung.value: result.model_dump(mode="json")}
+    trial.plan = result.built(trial.plan)
     trial.rung, trial.finished_at = result.rung, at
     trial.state = TrialState.DONE if usable else TrialState.FAILED
     trial.error = None if result.outcome is Outcome.OK else result.outcome.value

@@ -20,9 +20,9 @@ from search.metrics import Evaluation, Samples, evaluate, higher_is_better, outp
 from search.spec import JobSpec, Metric, Plan, SitePlan, Task
 from search.tally import TALLIED
 from search.tune import Runtime
-from tenfold.applying import apply
+from tenfold.applying import apply, untrained
 
-__all__ = ["Bench", "Report", "read_weights"]
+__all__ = ["Bench", "Report", "read_weights", "sketched"]
 
 Report = Callable[[str, float, float], None]
 
@@ -159,6 +159,11 @@ class Bench:
         return outputs(
             self.original, split, device=runtime.device, fixed_batch=runtime.fixed_batch, answer=runtime.answer
         )
+
+
+def sketched(original: nn.Module, plan: Plan) -> nn.Module:
+    """``original`` with the plan's layers factorized but fitted to nothing: enough to see how long each takes."""
+    return untrained(original, {site: entry.model_dump() for site, entry in plan.items()}).eval()
 
 
 def read_weights(original: nn.Module, path: Path) -> tuple[nn.Module, Plan]:

@@ -232,7 +232,7 @@ class _View:
             elif full.outcome not in (Outcome.OK, Outcome.DIVERGED):
                 said.append(f"trial {record.number}: {full.outcome.value}")
             elif full.keeps_budget:
-                said.append(f"trial {record.number} kept the budget but measured no smaller than the original")
+                said.append(f"trial {record.number} kept the budget but measured not clearly smaller than the original")
             else:
                 said.append(f"trial {record.number} fell short: {_verified(full, self.allowed)}")
         return "Checked and not taken: " + "; ".join(said) + "."
@@ -273,8 +273,9 @@ def _nothing_to_check(spec: JobSpec, profile: Profile, history: Sequence[TrialRe
         return Finished(
             ok=False,
             code="nothing_smaller",
-            reason=f"Every candidate measured at least as large as the original in {costs}; nothing is handed back, "
-            "for a network must not grow. Minimize another cost, or allow more methods and layers.",
+            reason=f"No candidate measured clearly smaller than the original in {costs} (latency: by more than chance "
+            "explains); nothing is handed back, for a network must not grow. Minimize another cost, or allow more "
+            "methods and layers.",
         )
     if not history and spec.search.hours is not None:
         return Finished(

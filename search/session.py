@@ -120,7 +120,7 @@ class Session:
             start = dense_of(compressed)
         sites, groups = profiling.measure_sites(bench, self._layer_table(), start, kept)
         parameters, macs, stored = bench.original_costs
-        _, dense_ms = trial.measure_latency(bench, bench.original)
+        dense_ms = trial.measure_latency(bench, bench.original).dense_ms
         return Profile(
             stage=stage,
             metric=bench.metric,
@@ -253,7 +253,7 @@ class Session:
         bench = self.bench
         parameters, macs, stored = bench.original_costs
         now = cost.count(network, bench.example)
-        mine_ms, dense_ms = trial.measure_latency(bench, network)
+        took = trial.measure_latency(bench, network)
         full = record.results.get(Rung.FULL)
         last = full or record.results.get(record.rung)
         return {
@@ -263,7 +263,7 @@ class Session:
                 "parameters": parameters,
                 "macs": macs,
                 "bytes": stored,
-                "latency_ms": dense_ms,
+                "latency_ms": took.dense_ms,
             },
             "after": {
                 "value": bench.select(network).value,
@@ -271,7 +271,7 @@ class Session:
                 "parameters": now.parameters,
                 "macs": now.macs,
                 "bytes": now.bytes,
-                "latency_ms": mine_ms,
+                "latency_ms": took.compressed_ms,
             },
             "latency_batch": bench.latency_batch,
             "budget": {

@@ -12,12 +12,14 @@ Every value is frozen, refuses unknown fields, and round-trips through JSON
 """
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "CLEARLY",
     "DEFAULT_EPOCHS",
     "FRACTIONS",
     "IGNORED_CLASS",
@@ -288,6 +290,8 @@ class SitePlan(Value):
 
 Plan = dict[str, SitePlan]
 """Site name to its replacement; a layer that is in none stays as it is."""
+Entry = TypeVar("Entry")
+"""Of a plan."""
 
 
 def entry_of(plan: Plan, layer: str) -> SitePlan | None:
@@ -458,6 +462,10 @@ class DataInfo(Value):
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
+CLEARLY = 2.0
+"""Standard errors of a quotient of two latencies that chance explains: so far from 1, one is slower than the other."""
+
+
 class Costs(Value):
     parameters: int
     macs: int
@@ -465,6 +473,8 @@ class Costs(Value):
     latency_ms: float | None = None
     dense_latency_ms: float | None = None
     """The original's, measured interleaved with ``latency_ms``."""
+    latency_noise: float = 0.0
+    """Standard error of ``latency_ms / dense_latency_ms``, as a share of it."""
 
     def of(self, cost: Cost) -> float:
         """The figure for one objective; latency falls back to nan when it was not measured."""
@@ -597,6 +607,12 @@ class TrialResult(Value):
     keeps_budget: bool | None = None
     """Decided on the verify split; only the full rung says."""
     notes: tuple[str, ...] = ()
+    left_dense: Plan = Field(default_factory=dict)
+    """What was asked of the sites that stay dense, where latency is minimised: it measured slower there."""
+
+    def built(self, asked: Mapping[str, Entry]) -> dict[str, Entry]:
+        """What there is of the plan that was asked, as values or as JSON."""
+        return {site: entry for site, entry in asked.items() if site not in self.left_dense}
 
 
 class TrialRecord(Value):
@@ -609,10 +625,16 @@ class TrialRecord(Value):
     params: dict[str, str | int | float | bool]
     """The sampler's own parameters."""
     plan: Plan
+    """What there is, once it is built."""
     state: TrialState
     rung: Rung
     """The rung it is at (running) or reached (done)."""
     results: dict[Rung, TrialResult] = Field(default_factory=dict)
+
+    @property
+    def asked(self) -> Plan:
+        """The plan that was proposed, with the sites that were then left dense."""
+        return self.plan | {site: e for result in self.results.values() for site, e in result.left_dense.items()}
 
 
 # ------------------------------------------------------------------------------------------------ what to do next

@@ -92,7 +92,7 @@ class _Proposals:
         self._spec = spec
         self._space = space
         self._stage = stage
-        self._seen = {plan_key(record.plan) for record in stage}
+        self._seen = {plan_key(plan) for record in stage for plan in (record.asked, record.plan)}
         share = spec.search.trials // spec.search.stages
         given = islice(starts(spec, space), min(max(share // 3, 2), 10))
         begun = any("start" not in record.params for record in stage)  # the first points come before all others

@@ -1,8 +1,13 @@
-"""One candidate at one rung: decompose → reconstruct → recalibrate → fine-tune → evaluate → count."""
+"""One candidate at one rung: decompose → reconstruct → recalibrate → fine-tune → evaluate → count.
+
+Where latency is minimised, a new candidate's layers are timed before that, and those that are slower factorized stay
+dense (docs/decisions/0020).
+"""
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypedDict, cast
@@ -12,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from search import cost, latency
 from search.baseline import allowed_drop
-from search.bench import Bench, Report, read_weights
+from search.bench import Bench, Report, read_weights, sketched
 from search.export import save_weights
+from search.latency import Latency
 from search.layout import channels_last
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
 from search.reconstruct import recalibrate_batch_norm, reconstruct
@@ -34,7 +40,7 @@ from search.spec import (
 from search.surgery import dense_of
 from search.tune import Tuned, fine_tune
 
-__all__ = ["as_shipped", "build", "measure_latency", "run", "verified"]
+__all__ = ["as_shipped", "build", "measure_latency", "run", "slower", "verified"]
 
 Save = Callable[[Path], None]
 
@@ -68,6 +74,7 @@ class _Findings:
     epochs: float = 0.0
     epoch_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    left_dense: Plan = field(default_factory=dict)
 
 
 def run(
@@ -95,6 +102,8 @@ def run(
         return _result(bench, work, found, began, None)
     network: nn.Module | None = None
     try:
+        if work.rung is Rung.CHEAP and Cost.LATENCY in bench.spec.minimize:
+            work = _without_slower(bench, work, found)
         network = _network(bench, work, parent, weights, found)
         _train(bench, work, network, checkpoint, out, save, found)
         _measure(bench, work, network, found)
@@ -136,21 +145,57 @@ def as_shipped(bench: Bench, network: nn.Module) -> nn.Module:
     arranged = channels_last(network, example)
     if arranged is None:
         return network
-    quick, plain = latency.measure(network, arranged, example, lock=bench.runtime.latency_lock)
-    return arranged if quick < CLEARLY * plain else network
+    found = latency.measure(network, arranged, example, lock=bench.runtime.latency_lock)
+    return arranged if found.ratio < CLEARLY else network
 
 
-def measure_latency(bench: Bench, network: nn.Module) -> tuple[float, float]:
-    """Median milliseconds of a batch, on the CPU or the device and under the host's lock: (the network's, the
-    original's)."""
+def measure_latency(bench: Bench, network: nn.Module) -> Latency:
+    """Of ``network`` beside the original, on the CPU or the device and under the host's lock."""
     bench.report("measuring latency", 0, 1)
+    with _on_device(bench, network) as example:
+        return latency.measure(bench.original, network, example, lock=bench.runtime.latency_lock)
+
+
+def slower(bench: Bench, plan: Plan) -> dict[str, Latency]:
+    """The sites of ``plan`` that take clearly longer factorized than dense, where and as latency is measured.
+
+    All are timed within runs of the whole network, laid out as its files would be; a site of several layers by the
+    sum of them.
+    """
+    bench.report("timing layers", 0, 1)
+    dense, sketch = bench.original, sketched(bench.original, plan)
+    network = as_shipped(bench, sketch)
+    if network is not sketch:
+        dense = channels_last(dense, bench.lifted.example(bench.latency_batch)) or dense
+    layers = {site: tuple(entry.members or (site,)) for site, entry in plan.items()}
+    with _on_device(bench, network) as example:
+        times = latency.measure_parts(dense, network, example, layers, lock=bench.runtime.latency_lock)
+    return {site: time for site, time in times.items() if time.is_slower}
+
+
+@contextmanager
+def _on_device(bench: Bench, network: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """A batch to measure with; the original and ``network`` are where it is."""
     device = bench.runtime.device
-    example = tuple(x.to(device) for x in bench.lifted.example(bench.latency_batch))
     try:
-        return latency.measure(bench.original.to(device), network.to(device), example, lock=bench.runtime.latency_lock)
+        bench.original.to(device)
+        network.to(device)
+        yield tuple(x.to(device) for x in bench.lifted.example(bench.latency_batch))
     finally:
         bench.original.to("cpu")
         network.to("cpu")
+
+
+def _without_slower(bench: Bench, work: TrialWork, found: _Findings) -> TrialWork:
+    """``work`` without the sites that would be quicker dense, before anything is spent on them."""
+    given = bench.spec.layers.fixed
+    times = {site: time for site, time in slower(bench, work.plan).items() if site not in given}
+    if not times:
+        return work
+    found.left_dense = {site: work.plan[site] for site in times}
+    told = ", ".join(f"{site} ({time.ratio:.2f})" for site, time in times.items())
+    found.notes.append(f"left dense, for they took longer factorized (times their dense layers): {told}")
+    return work.model_copy(update={"plan": {s: entry for s, entry in work.plan.items() if s not in times}})
 
 
 def _network(bench: Bench, work: TrialWork, parent: Path | None, weights: Path | None, found: _Findings) -> nn.Module:
@@ -245,8 +290,9 @@ def _train(
 
 def _measure(bench: Bench, work: TrialWork, network: nn.Module, found: _Findings) -> None:
     if Cost.LATENCY in bench.spec.minimize or work.rung is Rung.FULL:
-        mine, dense = measure_latency(bench, as_shipped(bench, network))
-        found.costs = found.costs.model_copy(update={"latency_ms": mine, "dense_latency_ms": dense})
+        took = measure_latency(bench, as_shipped(bench, network))
+        update = {"latency_ms": took.compressed_ms, "dense_latency_ms": took.dense_ms, "latency_noise": took.noise}
+        found.costs = found.costs.model_copy(update=update)
 
 
 def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, network: nn.Module | None) -> TrialResult:
@@ -272,6 +318,7 @@ def _result(bench: Bench, work: TrialWork, found: _Findings, began: float, netwo
         epoch_seconds=found.epoch_seconds,
         curve=found.curve,
         notes=tuple(found.notes),
+        left_dense=found.left_dense,
         **checked,  # type: ignore[arg-type]
     )
 

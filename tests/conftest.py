@@ -106,7 +106,8 @@ def short_measurements() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "WARM_S", 0.01)
-        patch.setattr(latency, "measure", partial(latency.measure, seconds=0.02, at_least=3))
+        for name in ("measure", "measure_parts"):
+            patch.setattr(latency, name, partial(getattr(latency, name), seconds=0.02, at_least=3))
         yield
 
 

@@ -11,7 +11,7 @@ from .layers import FactorizedLayer, factorized_like, members_like
 from .layers.attention import open_attention
 from .layers.tied import readable
 
-__all__ = ["apply"]
+__all__ = ["apply", "untrained"]
 
 
 def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -40,10 +40,7 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     network = copy.deepcopy(module)
     replaced = {name for site, entry in plan.items() for name in entry.get("members") or (site,)}
     open_attention(network, replaced | tensors.keys())
-    for site, entry in plan.items():
-        for name, layer in _made(network, site, entry).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, layer)
+    _factorize(network, plan)
     missing, unexpected = network.load_state_dict(dict(tensors), strict=False)
     # Counters of batch norm are not needed to run; a file may leave them out. What layers share lies in it once.
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -62,6 +59,20 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
             stacklevel=2,
         )
     return network
+
+
+def untrained(module: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """A copy of ``module`` with the plan's layers factorized, whose factors start as torch initialises them."""
+    network = copy.deepcopy(module)
+    _factorize(network, plan)
+    return network
+
+
+def _factorize(network: nn.Module, plan: Mapping[str, Any]) -> None:
+    for site, entry in plan.items():
+        for name, layer in _made(network, site, entry).items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, layer)
 
 
 def _made(network: nn.Module, site: str, entry: Mapping[str, Any]) -> dict[str, FactorizedLayer]:

@@ -156,6 +156,15 @@ def test_a_promotion_is_the_same_trial_at_the_next_rung(house):
     assert record.results.keys() == {Rung.CHEAP, Rung.SHORT}
 
 
+def test_the_plan_of_a_trial_is_what_was_built_of_it(house):
+    job_id = house.searching_job(trials=1)
+    asked = house.trial_work(0).plan
+    house.run_trial(job_id, house.result(left_dense={"layer2.conv": asked["layer2.conv"]}), b"cheap")
+    (record,) = _snapshot(house, job_id).history
+    assert record.plan == {"layer1.conv": asked["layer1.conv"]}
+    assert record.asked == asked
+
+
 def test_a_result_without_a_value_fails_its_trial(house):
     job_id = house.searching_job(trials=1)
     house.run_trial(job_id, house.result(value=None, outcome=Outcome.NON_FINITE))

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from benchmarks.simulator import Surface
-from search.front import front, hypervolume, improvement, measured
+from search.front import front, hypervolume, improvement, is_cheaper, measured
 from search.pace import planned_epochs
 from search.predict import Predictor
 from search.spec import (
@@ -60,6 +60,13 @@ def test_the_front_leaves_out_what_grew_when_it_knows_the_original() -> None:
     dense = Costs(parameters=55, macs=100, bytes=220)
     history = [row(0, 0.01, 50), row(1, 0.001, 60)]
     assert [r.number for r in front(history, [Cost.PARAMETERS], dense=dense)] == [0]
+
+
+@pytest.mark.parametrize(("latency_ms", "cheaper"), [(9.7, False), (9.1, False), (8.9, True)])
+def test_a_latency_counts_as_lower_only_by_more_than_chance_explains(latency_ms: float, cheaper: bool) -> None:
+    dense = Costs(parameters=50, macs=100, bytes=200)
+    costs = dense.model_copy(update={"latency_ms": latency_ms, "dense_latency_ms": 10.0, "latency_noise": 0.05})
+    assert is_cheaper(costs, dense, [Cost.LATENCY]) is cheaper
 
 
 def test_the_highest_usable_rung_is_what_counts() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +16,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import tenfold
-from search import cost
+from search import cost, latency, trial
 from search.allocate import allocate, predicted
 from search.bench import read_weights
 from search.errors import BadRequest
 from search.ground import ground_of
+from search.latency import Latency
 from search.profiling import methods_of
 from search.reconstruct import reconstruct
 from search.session import Session
@@ -171,6 +172,21 @@ def test_a_trial_costs_what_was_predicted_and_shares_its_factors_through_trainin
     assert len(members) == 4
     assert len({id(layer.shared) for layer in members if isinstance(layer, JointLayer)}) == 1
     assert job.session.bench.select(network).value == result.value
+
+
+def test_a_group_is_timed_as_one_site(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = joint_plan(job, "joint_tucker", 0.6) | {"head": SitePlan(method="svd", ranks=(2,))}
+    parts: dict[str, Any] = {}
+    measure_parts = latency.measure_parts
+
+    def told(dense: nn.Module, compressed: nn.Module, example: Any, layers: Any, **how: Any) -> dict[str, Latency]:
+        parts.update(layers)
+        times = measure_parts(dense, compressed, example, layers, **how)
+        return {site: replace(time, compressed_ms=2 * time.dense_ms, noise=0.0) for site, time in times.items()}
+
+    monkeypatch.setattr(latency, "measure_parts", told)
+    assert trial.slower(job.session.bench, plan).keys() == plan.keys()
+    assert parts[GROUP] == tuple(plan[GROUP].members)
 
 
 def test_reconstruction_in_sequence_beats_the_joint_fit_alone(job: Job) -> None:

@@ -1,6 +1,7 @@
 """A job's science end to end, as the compute process asks it: profile, trials, refining, export, a second stage."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from search import latency, reload
+from search import latency, reload, trial
 from search.allocate import allocate
 from search.bench import Bench, read_weights
 from search.errors import BadBaseline, BadRequest
 from search.ground import ground_of
+from search.latency import Latency
 from search.session import Session, inspect_data, inspect_model
 from search.spec import (
     Budget,
@@ -41,6 +43,7 @@ from search.spec import (
 )
 from tenfold import exporting
 from tenfold.applying import apply
+from tenfold.layers.chains import LowRankLinear
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -372,6 +375,71 @@ def test_latency_is_measured_when_it_is_minimized(uploads: Uploads, job: Opened,
     )
     assert result.costs.latency_ms is not None
     assert result.costs.dense_latency_ms is not None
+
+
+def test_layers_that_are_slower_factorized_stay_dense_where_latency_is_minimized(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a timer that finds two of three slower, one of which was given."""
+    plan = {
+        "conv2": SitePlan(method="cp3", ranks=(20,)),
+        "fc1": SitePlan(method="svd", ranks=(8,)),
+        "fc2": SitePlan(method="svd", ranks=(4,)),
+    }
+    fixed = Layers(fixed={"fc2": plan["fc2"]})
+    session = opened(uploads, tmp_path, JOB.model_copy(update={"minimize": (Cost.LATENCY,), "layers": fixed}))
+    profile = session.profile(0, None)
+    took = {site: Latency(3.0, 2.0, 0.1) for site in ("conv2", "fc2")}
+    monkeypatch.setattr(trial, "slower", lambda bench, plan: took)
+    cheap = session.trial(work(plan, Rung.CHEAP), profile, None, None, None, tmp_path / "cheap")
+    assert cheap.left_dense == {"conv2": plan["conv2"]}
+    assert "conv2 (1.50)" in cheap.notes[0]
+    left = {site: plan[site] for site in ("fc1", "fc2")}
+    assert cheap.built(plan) == left
+    assert cheap.costs.parameters == profile.costs.parameters - 512 * 64 + 8 * (512 + 64) - 640 + 4 * (64 + 10)
+    weights = tmp_path / "cheap" / "weights.safetensors"
+    assert read_weights(session.bench.original, weights)[1] == left
+
+    monkeypatch.setattr(trial, "slower", None)  # later rungs are of what there is
+    short = session.trial(work(left, Rung.SHORT), profile, None, weights, None, tmp_path / "short")
+    assert short.left_dense == {}
+    assert read_weights(session.bench.original, tmp_path / "short" / "weights.safetensors")[1] == left
+    assert short.costs.parameters == cheap.costs.parameters
+
+
+def test_layers_are_not_timed_where_latency_is_not_minimized(
+    job: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "slower", None)
+    result = job.session.trial(work(job.plan, Rung.CHEAP), job.profile, None, None, None, tmp_path)
+    assert result.left_dense == {}
+    assert result.outcome is Outcome.OK
+
+
+def test_a_candidate_of_which_nothing_is_left_is_the_original(
+    uploads: Uploads, job: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(uploads, tmp_path, JOB.model_copy(update={"minimize": (Cost.LATENCY,)}))
+    monkeypatch.setattr(trial, "slower", lambda bench, plan: dict.fromkeys(plan, Latency(2.0, 1.0, 0.0)))
+    result = session.trial(work(job.plan, Rung.CHEAP), job.profile, None, None, None, tmp_path / "out")
+    assert result.left_dense == job.plan
+    assert result.costs.parameters == job.profile.costs.parameters
+    assert read_weights(session.bench.original, tmp_path / "out" / "weights.safetensors")[1] == {}
+
+
+def test_a_layer_that_really_is_slower_is_found(job: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LowRankLinear.forward
+
+    def slow(layer: LowRankLinear, x: Tensor) -> Tensor:
+        if layer.ranks == (8,):
+            time.sleep(0.02)
+        return forward(layer, x)
+
+    monkeypatch.setattr(LowRankLinear, "forward", slow)
+    plan = {"fc1": SitePlan(method="svd", ranks=(8,)), "fc2": SitePlan(method="svd", ranks=(4,))}
+    found = trial.slower(job.session.bench, plan)
+    assert found["fc1"].compressed_ms >= 20
+    assert found["fc1"].dense_ms < found["fc1"].compressed_ms
 
 
 def test_fidelity_needs_no_labels(uploads: Uploads, tmp_path: Path) -> None:

@@ -108,6 +108,21 @@ def test_a_plan_of_anothers_that_fails_does_not_close_the_gap() -> None:
     assert surface.costs(work.plan).parameters < 0.9 * smallest.parameters
 
 
+def test_a_plan_of_which_sites_stayed_dense_is_not_asked_again_nor_is_what_is_left_of_it() -> None:
+    surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
+    profile = surface.profile(0)
+    first, other = next_trials(spec, profile, [], 2)
+    left = dict(list(first.plan.items())[:1])
+    built = record(first, surface, spec)
+    result = built.results[Rung.CHEAP].model_copy(update={"left_dense": left})
+    built = built.model_copy(update={"plan": result.built(first.plan), "results": {Rung.CHEAP: result}})
+    assert plan_key(built.asked) == plan_key(first.plan)
+    assert not left.keys() & built.plan.keys()
+    assert next_trials(spec, profile, [built], 1)[0].plan == other.plan
+    asked = {plan_key(w.plan) for w in next_trials(spec, profile, [built], 12)}
+    assert not asked & {plan_key(built.plan), plan_key(built.asked)}
+
+
 def test_nothing_is_halved_before_two_of_the_allocators_plans_are_measured() -> None:
     surface, spec = Surface(2, blocks=3, max_drop=0.03), job()
     works = next_trials(spec, surface.profile(0), [], 6)
