@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import tenfold
 from tenfold.exporting import export
+from tenfold.layers import factorized_like
 
 
 class Net(nn.Module):
@@ -26,6 +27,25 @@ def test_one_sample_is_enough_for_a_file_of_any_batch_size(tmp_path: Path) -> No
     again = torch.export.load(path).module()
     x = torch.randn(7, 4, 8)
     torch.testing.assert_close(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [("svd", (2,)), ("r_cp", (2,)), ("r_tucker", (2, 2, 2, 2)), ("tt_matrix", (2,))],
+)
+def test_the_batch_of_a_factorized_layer_may_come_second(method: str, ranks: tuple[int, ...], tmp_path: Path) -> None:
+    class SequencesFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = factorized_like(nn.Linear(8, 16), method, ranks)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.transpose(0, 1)).transpose(0, 1)
+
+    model = SequencesFirst().eval()
+    again = torch.export.load(export(model, torch.randn(2, 4, 8), tmp_path / "model.pt2")).module()
+    x = torch.randn(7, 4, 8)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_tells_nothing_of_the_machine(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ Sizes are those of the input at hand. Where they are traced, the batch is unknow
 so it is within ``one_sample``, for counting what such a file does.
 """
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest"]
+__all__ = ["Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest", "rows_of"]
 
 RATE = 60.0
 """Multiply-accumulates a nanosecond of a large product."""
@@ -92,6 +93,11 @@ def quickest(ways: Mapping[Way, tuple[Work, Work]], macs: int) -> Way:
 def batch_of(x: Tensor) -> int:
     """How many samples to plan for."""
     return 1 if torch.compiler.is_compiling() or _one_sample.get() else max(1, x.shape[0])
+
+
+def rows_of(x: Tensor) -> int:
+    """How many rows of (batch, ..., features) to plan for; a size that a graph leaves free counts as one."""
+    return batch_of(x) * math.prod(size for size in x.shape[1:-1] if isinstance(size, int))
 
 
 @contextmanager

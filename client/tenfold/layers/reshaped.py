@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .base import ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, from_first, from_last, joined, linear_way, train_way
 from .keeping import Keeping
-from .planning import Work, batch_of, convolution, copy, product, quickest
+from .planning import Work, batch_of, convolution, copy, product, quickest, rows_of
 
 __all__ = [
     "ReshapedCPConv2d",
@@ -272,7 +272,7 @@ class ReshapedCPLinear(_CP, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        way, _ = linear_way(cp_shape(self.s, self.t, self.ranks[0]), batch_of(x) * math.prod(x.shape[1:-1]))
+        way, _ = linear_way(cp_shape(self.s, self.t, self.ranks[0]), rows_of(x))
         return self.along(way, x)
 
     def along(self, way: Way, x: Tensor) -> Tensor:
@@ -320,8 +320,7 @@ class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = batch_of(x) * math.prod(x.shape[1:-1])
-        way, _ = tucker_way(self.s, self.t, self.ranks, 0, 1, rows, (1, 1))
+        way, _ = tucker_way(self.s, self.t, self.ranks, 0, 1, rows_of(x), (1, 1))
         return self.along(way, x)
 
     def along(self, way: TuckerWay, x: Tensor) -> Tensor:

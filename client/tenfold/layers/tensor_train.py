@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .base import Conv, ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, build, conv_way, from_first, from_last, joined, linear_way
 from .keeping import Keeping
-from .planning import batch_of
+from .planning import batch_of, rows_of
 
 __all__ = ["RTTConv", "TTLinear", "balanced", "conv_modes", "linear_modes", "modes_of"]
 
@@ -146,7 +146,7 @@ class TTLinear(Keeping, FactorizedLayer):
         return cls(in_modes, out_modes, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        way, _ = linear_way(self.shape, batch_of(x) * math.prod(x.shape[1:-1]))
+        way, _ = linear_way(self.shape, rows_of(x))
         return self.along(way, x)
 
     def along(self, way: Way, x: Tensor) -> Tensor:
