@@ -3,8 +3,10 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import FactorizedLayer, factorized_like, members_like
@@ -39,7 +41,8 @@ def apply(module: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tens
     """
     network = copy.deepcopy(module)
     replaced = {name for site, entry in plan.items() for name in entry.get("members") or (site,)}
-    open_attention(network, replaced | tensors.keys())
+    tensors = _joined(tensors)
+    network = open_attention(network, replaced | tensors.keys())
     _factorize(network, plan)
     missing, unexpected = network.load_state_dict(dict(tensors), strict=False)
     # Counters of batch norm are not needed to run; a file may leave them out. What layers share lies in it once.
@@ -73,6 +76,18 @@ def _factorize(network: nn.Module, plan: Mapping[str, Any]) -> None:
         for name, layer in _made(network, site, entry).items():
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, layer)
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With each tensor of which the file has the parts alone: all rows, as in ``w[0:8]`` and ``w[8:24]``."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        whole, _, rows = name.partition("[")
+        parts.setdefault(whole, []).append((int(rows.partition(":")[0] or 0), tensor))
+    return {
+        name: torch.cat([t for _, t in sorted(found, key=itemgetter(0))]) if len(found) > 1 else found[0][1]
+        for name, found in parts.items()
+    }
 
 
 def _made(network: nn.Module, site: str, entry: Mapping[str, Any]) -> dict[str, FactorizedLayer]:

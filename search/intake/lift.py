@@ -17,8 +17,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from search.errors import BadModel
+from search.intake.packed import Rows, divided, layer_of, packed
 from search.intake.portable import make_portable, out_of_place
-from search.intake.recognize import RECOGNIZERS, Built
+from search.intake.recognize import RECOGNIZERS, Built, turned
 
 __all__ = ["InputFacts", "Lift", "lift"]
 
@@ -72,10 +73,12 @@ class _Lifter:
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: nn.Module = field(default_factory=nn.Module)
     source: dict[fx.Node, str] = field(default_factory=dict)
-    """Placeholder to the canonical name of its tensor."""
+    """Placeholder, or a part of one that is a layer's own, to the canonical name of its tensor."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Canonical name to every name the tensor has."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """The part of a tensor to the name of the layer whose weight it can be."""
     sites: dict[fx.Node, _Site] = field(default_factory=dict)
     names: dict[str, nn.Module] = field(default_factory=dict)
     skipped: dict[str, None] = field(default_factory=dict)
@@ -89,10 +92,13 @@ class _Lifter:
 
     def run(self) -> Lift:
         self._collect_tensors()
+        self._divide()
         self._recognize()
         self._place_modules()
+        held = self._held()
         for node in self.ep.graph.nodes:
-            self._emit(node)
+            if node not in held:
+                self._emit(node)
         module = fx.GraphModule(self.root, self.graph, class_name="Lifted")
         module.graph.eliminate_dead_code()
         self._lock({str(n.target) for n in module.graph.nodes if n.op == "get_attr"})
@@ -142,6 +148,41 @@ class _Lifter:
             InputFacts(node.name, _full(value.dtype), shape, tuple(not isinstance(s, int) for s in value.shape))
         )
 
+    def _divide(self) -> None:
+        """Parts of a tensor become tensors of their own where each of them is a linear layer's weight or bias."""
+        parts = divided(self.source, self.tensors)
+        for name, nodes in parts.items():
+            for node, rows in nodes.items():
+                self.source[node] = self._part(name, rows)
+        # A layer whose bias stays a part is none, so that its weight stays one too, and the other way round.
+        while whole := [n for n, nodes in parts.items() if not all(self._is_linears(node, node) for node in nodes)]:
+            for node in [node for name in whole for node in parts.pop(name)]:
+                del self.source[node]
+
+    def _part(self, name: str, rows: Rows) -> str:
+        part, whole = f"{name}[{rows[0]}:{rows[1]}]", self.tensors[name]
+        if part not in self.tensors:
+            value = whole.detach()[slice(*rows)].clone()
+            is_parameter = isinstance(whole, nn.Parameter)
+            self.tensors[part] = nn.Parameter(value, requires_grad=whole.requires_grad) if is_parameter else value
+            self.aliases[part] = {f"{alias}[{rows[0]}:{rows[1]}]" for alias in self.aliases[name]}
+            self.owners[part] = layer_of(_owner(name), rows, len(whole))
+        return part
+
+    def _is_linears(self, tensor: fx.Node, node: fx.Node) -> bool:
+        """Whether all that read ``node``, which is ``tensor`` or that turned round, are linear layers that hold it."""
+        for user in node.users:
+            if turned(user) is node:
+                if not self._is_linears(tensor, user):
+                    return False
+                continue
+            built = RECOGNIZERS[user.target](_bind(user), self) if user.target in RECOGNIZERS else None
+            if built is None or not isinstance(built.module, nn.Linear) or built.transposed:
+                return False
+            if tensor not in built.tensors.values() or node in built.inputs:
+                return False
+        return True
+
     def weight(self, node: object) -> Tensor | None:
         return self.tensors[self.source[node]] if isinstance(node, fx.Node) and node in self.source else None
 
@@ -187,13 +228,21 @@ class _Lifter:
         return holders
 
     def _note_function(self, node: fx.Node, arguments: dict[str, Any]) -> None:
-        weight = arguments.get("weight")
-        if isinstance(weight, fx.Node) and self.weight(weight) is None:
+        for what in ("weight", "bias"):
+            value = arguments.get(what)
+            if not isinstance(value, fx.Node) or self.weight(value) is not None:
+                continue
             where = _path(node) or "the model itself"
             op = str(node.target).split(".")[1]
-            self.skipped[f"a {op} in {where}: its weight is computed from others, so it runs but is not compressed"] = (
-                None
+            whole = packed(value, self.source)
+            why = (
+                f"its {what} is computed from others"
+                if whole is None
+                else f"its {what} is a part of {whole}, whose rows are not each one linear layer's own (give each use "
+                "a module of its own)"
             )
+            self.skipped[f"a {op} in {where}: {why}, so it runs but is not compressed"] = None
+            return
 
     def _name(self, node: fx.Node, built: Built) -> str:
         """The user's own name: from the module stack if it owns the weight, else from the weight."""
@@ -208,7 +257,7 @@ class _Lifter:
             if where and any(n.rpartition(".")[0] == where and n.rpartition(".")[2] == "weight" for n in names):
                 name = where
             else:
-                name = _owner(self.source[weight])
+                name = self.owners.get(self.source[weight]) or _owner(self.source[weight])
         unique, k = name or "root", 2
         while unique in self.names:
             unique, k = f"{name or 'root'}_{k}", k + 1
@@ -245,13 +294,22 @@ class _Lifter:
             at = at.get_submodule(part)
         return at, leaf
 
+    def _held(self) -> set[fx.Node]:
+        """Nodes that nothing reads but layers that hold their value: tensors cut into parts or turned round."""
+        held: set[fx.Node] = set()
+        for node in reversed(self.ep.graph.nodes):
+            others = node.users.keys() - held - self.sites.keys()
+            read = any(node in self.sites[user].built.inputs for user in node.users if user in self.sites)
+            if node.users and not others and not read:
+                held.add(node)
+        return held
+
     def _calls(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        for site in self.sites.values():
-            read = {attribute: self.source[node] for attribute, node in site.built.tensors.items()}
+        for node, site in self.sites.items():
+            read = {attribute: self.source[held] for attribute, held in site.built.tensors.items()}
             weight = read.get("weight", "")
-            # The packed weight of an nn.MultiheadAttention is no call: tenfold.apply makes a layer of it.
-            if not weight or weight.endswith("in_proj_weight") or site.built.transposed:
+            if not weight or site.built.transposed or _projects(node, weight):
                 continue
             if f"{site.name}.weight" not in self.aliases[weight]:
                 found |= {site.name: weight, **{f"{site.name}.{attribute}": name for attribute, name in read.items()}}
@@ -452,6 +510,13 @@ def _owner(name: str) -> str:
         if name.endswith(ending):
             return name[: -len(ending)]
     return "root" if name in ("weight", "weight_ih_l0") else name + "_op"
+
+
+def _projects(node: fx.Node, weight: str) -> bool:
+    """Whether ``weight`` is a projection's in an ``nn.MultiheadAttention``: tenfold.apply makes a layer of it."""
+    name = weight.partition("[")[0].rpartition(".")[2]
+    inside = _stack_type(node).endswith("MultiheadAttention")
+    return name == "in_proj_weight" or (inside and name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
 
 
 def _structure(spec: pytree.TreeSpec, leaves: list[Any]) -> tuple[Any, list[Any]]:

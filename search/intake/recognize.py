@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from search.intake.modules import Attention, FeatureDropout, FlatGRU, FlatLSTM, FlatRNN
 
-__all__ = ["RECOGNIZERS", "Built", "Tensors"]
+__all__ = ["RECOGNIZERS", "Built", "Tensors", "turned"]
 
 aten = torch.ops.aten
 
@@ -139,7 +139,7 @@ def matmul(a: Arguments, t: Tensors) -> Built | None:
     return _linear(a["self"], a["other"], None, t, transposed=True) if t.rank(a["self"]) >= 2 else None
 
 
-def _turned(node: Any) -> Any:
+def turned(node: Any) -> Any:
     """The node under a matrix transposition, as decomposed graphs write a linear layer; None when it is none."""
     if not isinstance(node, fx.Node):
         return None
@@ -152,7 +152,7 @@ def _turned(node: Any) -> Any:
 
 
 def _linear(x: Any, weight_node: Any, bias_node: Any, t: Tensors, *, transposed: bool) -> Built | None:
-    if transposed and t.weight(inner := _turned(weight_node)) is not None:
+    if transposed and t.weight(inner := turned(weight_node)) is not None:
         weight_node, transposed = inner, False
     weight = t.weight(weight_node)
     tensors = _taken({"weight": weight_node, "bias": bias_node}, t, {"weight": "weight", "bias": "bias"})

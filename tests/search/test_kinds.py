@@ -1,10 +1,12 @@
 """Networks of other layers than Linear and Conv2d, end to end: profile, a trial that trains, exported files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from search import reload
@@ -24,7 +26,7 @@ from search.spec import (
     TrialState,
     TrialWork,
 )
-from tenfold import exporting
+from tenfold import apply, exporting
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -202,3 +204,30 @@ def test_the_packed_projections_of_attention_get_smaller(tmp_path: Path) -> None
     profile = smaller(session, tmp_path, 0.6, {"attention.in_proj", "attention.out_proj"})
     packed = next(s for s in profile.sites if s.site == "attention.in_proj")
     assert packed.dense_parameters == 3 * 24 * 24 + 3 * 24
+
+
+class Decoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.TransformerDecoderLayer(24, 3, 24, dropout=0.0, batch_first=True)
+        self.sizes = nn.MultiheadAttention(24, 3, kdim=12, vdim=12, batch_first=True)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.decoder(x[:, :2], x)
+        return self.head((y + self.sizes(y, x[..., :12], x[..., 12:], need_weights=False)[0]).mean(1))
+
+
+def test_the_projections_of_attention_to_something_else_get_smaller(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 5, 24, generator=g) @ torch.randn(24, 24, generator=g) / 5
+    classes = x[:, :, :3].amax(1).argmax(1)
+    network = trained(Decoding(), x, classes, nn.CrossEntropyLoss(), steps=80)
+    session = session_of(network, x, classes, Task.CLASSIFICATION, tmp_path, JOB)
+    across = {"decoder.multihead_attn.in_proj_q", "decoder.multihead_attn.in_proj_kv"}
+    smaller(session, tmp_path, 0.6, across | {"sizes.q_proj", "sizes.k_proj", "sizes.v_proj"})
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    mine = apply(network, plan, load_file(tmp_path / "out" / "model.safetensors"))
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    torch.testing.assert_close(mine(x[:2]), program(x[:2]), rtol=1e-4, atol=1e-5)

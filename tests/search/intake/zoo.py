@@ -88,6 +88,23 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embed(tokens)).mean(1))
 
 
+class Decoder(nn.Module):
+    """Its two attentions have sequences first; the last has keys and values of other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+        self.pool = nn.MultiheadAttention(16, 2, kdim=6, vdim=10)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
+        x, memory = self.embed(tokens).transpose(0, 1), images.transpose(0, 1)
+        x = self.decoder(x, memory, tgt_is_causal=False)
+        return self.head(self.pool(x, memory[..., :6], memory[..., 6:])[0][0])
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +206,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]
     "mobile": (MobileLike, _image),
     "vit": (SmallViT, _image),
     "encoder": (Encoder, _tokens(20)),
+    "decoder": (Decoder, lambda n: (torch.randint(0, 20, (n, 7)), torch.randn(n, 5, 16))),
     "unet": (UNet, _image),
     "lstm": (LSTMNet, _series),
     "gru": (GRUNet, _series),
