@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from onnxscript import ir
 from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,10 +35,10 @@ CHECK_BATCH = 32
 FOLDED = 256
 """Constants of an ONNX graph are folded up to so many elements, and beyond where that does not make the file larger: a
 kernel's cores stay cores."""
-
-
 TURNED = 64
 """Smaller matrices are stored twice rather than turned round: a node takes as much room."""
+_NARROW = (ir.DataType.FLOAT16, ir.DataType.INT8)
+"""What ``search.storage`` keeps weights as."""
 
 
 class Signature(Protocol):
@@ -134,7 +135,7 @@ def write_onnx(graph: Path, names: Sequence[str], path: Path) -> Path:
         )
         if made is None:
             raise AssertionError("the exporter hands its program back where no file is named")
-        optimize_ir(made.model, output_size_limit=FOLDED)
+        optimize_ir(made.model, output_size_limit=FOLDED, should_fold=_foldable)
     made.save(path, external_data=False)
     model = onnx.load(path)
     _merge_equal(model.graph)
@@ -231,6 +232,12 @@ def _shared_before(module: nn.Module) -> set[str]:
         again |= {f"{site}.{name}" for name, parameter in mine.items() if id(parameter) in seen}
         seen |= {id(parameter) for parameter in mine.values()}
     return again
+
+
+def _foldable(node: ir.Node) -> bool | None:
+    """False for what widens a stored weight, which would be stored wide; None: as the optimizer likes."""
+    source = node.inputs[0].const_value if node.op_type == "Cast" and node.inputs[0] is not None else None
+    return False if source is not None and source.dtype in _NARROW else None
 
 
 def _merge_equal(graph: Any) -> None:

@@ -113,15 +113,19 @@ def _storage(facts: Facts) -> str:
     if not rows:
         return ""
     sizes = {file["filename"]: file["bytes"] for file in facts.get("files", [])}
+    kind = "onnx" if "model.onnx" in sizes else "pt2"
     body = []
     for found in rows:
         stem = "model" if found["weights"] == "float32" else f"model-{found['weights']}"
-        size = sizes.get(f"{stem}.onnx") or sizes.get(f"{stem}.pt2") or 0
         value, drop = (found["verify_value"], found["verify_drop"])
         shown = ("not finite", "") if value is None else (f"{value:.4f}", f"{drop:+.4f}")
+        size = sizes[f"{stem}.{kind}"]
         body.append([found["weights"], f"{size:,}", *shown, "yes" if found["keeps_budget"] else "no"])
-    note = "<p>Smaller to send and to keep, not faster: the weights are widened to float32 whenever they are used.</p>"
-    heads = ("weights stored as", "bytes of the file", f"{metric}, verify split", "drop", "keeps the budget")
+    note = (
+        "<p>Smaller to send and to keep, not faster: the weights are widened to float32 whenever they are used. The "
+        "graph beside them, large in a .pt2, gets no smaller.</p>"
+    )
+    heads = ("weights stored as", f"bytes of the .{kind} file", f"{metric}, verify split", "drop", "keeps the budget")
     return "<h2>Fewer bits</h2>" + note + _table(heads, [[escape(cell) for cell in row] for row in body])
 
 

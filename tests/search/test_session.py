@@ -1,11 +1,13 @@
 """A job's science end to end, as the compute process asks it: profile, trials, refining, export, a second stage."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -305,6 +307,9 @@ def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened,
     files = session.export(record(job.plan, result), tmp_path / "t" / "weights.safetensors", job.profile, out)
     sizes = {f["filename"]: (out / f["filename"]).stat().st_size for f in files}
     assert sizes["model-int8.onnx"] < sizes["model-float16.onnx"] < sizes["model.onnx"]
+    for storage, kind in ((Storage.FLOAT16, onnx.TensorProto.FLOAT16), (Storage.INT8, onnx.TensorProto.INT8)):
+        held = onnx.load(out / f"model-{storage}.onnx").graph.initializer
+        assert {t.data_type for t in held if math.prod(t.dims[1:]) > 1} == {kind}
     rows = json.loads((out / "report.json").read_text())["storage"]
     assert [row["weights"] for row in rows] == ["float32", "float16", "int8"]
     told = {row["weights"]: row for row in rows}

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from search.export import write_onnx
@@ -73,6 +75,23 @@ def test_it_answers_as_the_network_with_rounded_weights(case: str, storage: Stor
     (answer,) = onnxruntime.InferenceSession(str(graph)).run(None, {"x": x.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(answer, program.module()(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("storage", "kind", "share"), [(Storage.FLOAT16, TensorProto.FLOAT16, 0.6), (Storage.INT8, TensorProto.INT8, 0.35)]
+)
+def test_weights_as_small_as_factors_are_narrow_in_onnx_too(
+    storage: Storage, kind: int, share: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = [(64, 32), (32, 64), (64, 64)]
+    network = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in sizes)).eval()
+    x = torch.randn(2, 64)
+    module = narrowed(torch.export.load(exporting.export(network, x, tmp_path / "model.pt2")), storage)
+    graph = write_onnx(exporting.export(module, x, tmp_path / "narrow.pt2"), ["x"], tmp_path / "narrow.onnx")
+    held = [t for t in onnx.load(graph).graph.initializer if len(t.dims) == 2 and 1 not in t.dims]
+    assert [t.data_type for t in held] == [kind] * len(sizes)
+    assert graph.stat().st_size < share * sum(4 * i * o for i, o in sizes)
 
 
 def test_weights_beyond_float16_and_rows_of_zeros_stay_finite(tmp_path: Path) -> None:
