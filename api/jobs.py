@@ -57,11 +57,11 @@ class JobRequest(JobSpec):
 class ExtendRequest(BaseModel):
     """More of the same search."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"trials": 20}})
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"trials": 20, "hours": 2}})
 
     trials: Annotated[int, Field(ge=1, le=100_000)]
     hours: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="More hours, for a job that was given a limit."
+        default=None, description="More hours, for a job that was given a limit; needed once they are used up."
     )
 
 

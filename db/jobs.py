@@ -179,7 +179,8 @@ def resume(s: Session, owner: str, job_id: str) -> Job:
 def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | None = None) -> Job:
     """More trials (and, where the job has a limit, more hours) for one that is done or has failed: wake its queue.
 
-    Raises ``Conflict`` (``job_not_extendable``, ``unreadable_job``) and ``BadRequest`` (``bad_extension``).
+    Raises ``Conflict`` (``job_not_extendable``, ``unreadable_job``) and ``BadRequest`` (``bad_extension``,
+    ``hours_used_up``, ``no_limit_of_hours``).
     """
     job = _locked(s, owner, job_id)
     if job.state not in (JobState.DONE, JobState.FAILED):
@@ -189,10 +190,7 @@ def extend(s: Session, owner: str, job_id: str, *, trials: int, hours: float | N
             reason = "" if asset is None else asset.reason
             raise Conflict("job_not_extendable", f"job {job.id} cannot go on, what it works on was rejected: {reason}")
     spec = spec_of(job)
-    more: dict[str, int | float] = {"trials": spec.search.trials + trials}
-    if spec.search.hours is not None:
-        spent = job.spent_seconds / 3600
-        more |= {"hours": max(spec.search.hours, spent) + (hours or 0.0), "hours_before": spent}
+    more = {"trials": spec.search.trials + trials, **_more_hours(job, spec.search.hours, hours)}
     job.spec = spec.model_copy(update={"search": _checked(spec.search, more)}).model_dump(mode="json")
     at = now(s)
     end_live(s, job, at)  # an export asked for since: the search decides anew
@@ -248,6 +246,21 @@ def delete(s: Session, owner: str, job_id: str) -> None:
         s.execute(delete_rows(table).where(table.job_id == job.id))
     s.delete(job)
     s.flush()
+
+
+def _more_hours(job: Job, limit: float | None, hours: float | None) -> dict[str, float]:
+    if limit is None:
+        if hours is not None:
+            raise BadRequest("no_limit_of_hours", f"job {job.id} has no limit of hours: extend it by trials alone")
+        return {}
+    spent = job.spent_seconds / 3600
+    if hours is None and spent >= limit:
+        raise BadRequest(
+            "hours_used_up",
+            f"job {job.id} has used {spent:.3g} of its {limit:.3g} hours, so more trials would have no time: "
+            "give the hours to add, too",
+        )
+    return {"hours": max(limit, spent) + (hours or 0.0), "hours_before": spent}
 
 
 def _checked(search: SearchSpec, more: dict[str, int | float]) -> SearchSpec:

@@ -301,10 +301,13 @@ def resume(job: str, as_json: Json = False) -> None:
 
 @app.command()
 def extend(
-    job: str, more: Annotated[int, typer.Option("--trials", min=1, help="Candidates to add.")], as_json: Json = False
+    job: str,
+    more: Annotated[int, typer.Option("--trials", min=1, help="Candidates to add.")],
+    hours: Annotated[float | None, typer.Option(help="Hours to add, where the job has a limit of them.")] = None,
+    as_json: Json = False,
 ) -> None:
     """More candidates for a job that is done or has failed."""
-    _steer(job, as_json, lambda found: found.extend(more))
+    _steer(job, as_json, lambda found: found.extend(more, hours=hours))
 
 
 @app.command()

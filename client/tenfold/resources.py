@@ -208,7 +208,10 @@ class JobOperations(Resource, Generic[ArtifactT]):
 
     @steering
     def extend(self, trials: int, *, hours: float | None = None) -> Steps[None]:
-        """``trials`` more candidates (and hours, where it has a limit) for a job that is done or has failed."""
+        """``trials`` more candidates for a job that is done or has failed, and hours where it has a limit of them.
+
+        A job that has used its hours is refused without more of them.
+        """
         more = {} if hours is None else {"hours": hours}
         yield from self._do("extend", {"trials": trials, **more})
 

@@ -1,7 +1,7 @@
 import pytest
 
 from db import jobs, tasks, trials
-from db.tables import AssetState, Dataset
+from db.tables import AssetState, Dataset, Job
 from search.decompose import JOINT_METHODS, METHODS
 from search.spec import METHOD_NAMES, Rung, TrialWork
 
@@ -226,6 +226,17 @@ def test_a_finished_job_can_be_extended_exported_from_and_deleted(on_both):
     on_both.post(f"/v1/jobs/{job}/cancel")
     assert on_both.delete(f"/v1/jobs/{job}").status_code == 204
     assert on_both.get(f"/v1/jobs/{job}").status_code == 404
+
+
+def test_a_job_that_used_its_hours_says_that_it_needs_more(service):
+    job = service.done_job(search={"trials": 4, "hours": 2})
+    with service.db.begin() as s:
+        s.get(Job, job).spent_seconds = 9000
+    reply = service.post(f"/v1/jobs/{job}/extend", json={"trials": 2})
+    assert (reply.status_code, reply.json()["code"]) == (422, "hours_used_up")
+    assert "2.5 of its 2 hours" in reply.json()["detail"]
+    reply = service.post(f"/v1/jobs/{job}/extend", json={"trials": 2, "hours": 1})
+    assert (reply.status_code, reply.json()["spec"]["search"]["hours"]) == (202, 3.5)
 
 
 def test_a_trial_that_is_not_there_cannot_be_exported(service):

@@ -13,6 +13,7 @@ from api.app import create_app
 from db import keys
 from db.engine import Database
 from db.keys import Scope
+from db.lifecycle import lock_job
 from db.settings import Settings
 from tests.client.seed import Workers
 
@@ -39,6 +40,13 @@ class Service:
     def new_key(self, *scopes: Scope, owner: str = "ann") -> str:
         with self.db.begin() as s:
             return keys.add(s, owner, "test", scopes)[1]
+
+    def spend(self, job: str, *, hours: float) -> None:
+        """As if it had worked so long."""
+        with self.db.begin() as s:
+            row = lock_job(s, job)
+            assert row is not None
+            row.spent_seconds = 3600 * hours
 
     def client(self, **more: int) -> tenfold.Client:
         return tenfold.Client(self.url, self.key, **more)

@@ -213,10 +213,10 @@ class Workers:
             done += 1
         return done
 
-    def job(self, name: str = "resnet20 at one point", trials: int = 30) -> str:
+    def job(self, name: str = "resnet20 at one point", trials: int = 30, hours: float | None = None) -> str:
         """A job whose model and data are ready."""
         blob = blobs.write(self.db, [b"a file of " + name.encode()])
-        spec = JobSpec(budget=Budget(max_drop=0.01), search=SearchSpec(trials=trials))
+        spec = JobSpec(budget=Budget(max_drop=0.01), search=SearchSpec(trials=trials, hours=hours))
         with self.db.begin() as s:
             upload = uploads.add(s, self.owner, "resnet20.pt2", blob.id).id
             model = models.add(s, self.owner, upload_id=upload, name="resnet20")

@@ -84,6 +84,17 @@ def test_a_job_is_steered(run: Run, workers: Workers) -> None:
     assert "job_not_extendable" in said.err
 
 
+def test_a_job_that_used_its_hours_is_extended_by_more_of_them(run: Run, service: Service) -> None:
+    id = service.workers.job("an hour long", 4, hours=1)
+    service.workers.search(id, 4)
+    service.workers.finish(id, 0)
+    service.spend(id, hours=1)
+    said = run("extend", id, "--trials", 3)
+    assert (said.code, "give the hours to add" in said.err) == (6, True)
+    job = run("extend", id, "--trials", 3, "--hours", 0.5, "--json").json
+    assert (job["state"], job["spec"]["search"]["hours"]) == ("searching", 1.5)
+
+
 @contextmanager
 def inspecting(workers: Workers, refuse: str | None = None) -> Iterator[None]:
     """A worker that inspects whatever comes."""

@@ -81,7 +81,7 @@ def journey(service: Service, workers: Workers, done: str, tmp_path: Path) -> tu
         do(job, "download", tmp_path)
         job.reload(wait=1.0)
         do(job, "export", 0)
-        do(job, "extend", 2, hours=1.0)
+        do(job, "extend", 2)
         workers.finish(done, job["best"]["trial"])
         driver.close()
     return used, driver.seen

@@ -71,6 +71,21 @@ def test_a_job_of_another_version_is_shown_with_what_to_do(page: Page, service: 
     expect(page.locator("h1 + .badge")).to_have_text("cancelled")
 
 
+def test_a_job_that_used_its_hours_is_extended_by_more_of_them(page: Page, service: Service) -> None:
+    job = service.workers.job("an hour long", 3, hours=1)
+    service.workers.search(job, 3)
+    service.workers.finish(job, 0)
+    service.spend(job, hours=1)
+    page.goto(f"{service.url}/#/jobs/{job}")
+    page.get_by_label("More hours").fill("0.5")
+    page.get_by_role("button", name="Ten more trials").click()
+    expect(page.locator("h1 + .badge")).to_have_text("searching")
+    with service.client() as client:
+        found = client.job(job)
+        assert (found["spec"]["search"]["trials"], found["spec"]["search"]["hours"]) == (13, 1.5)
+        found.cancel()
+
+
 def test_the_lists_stay_live(page: Page, service: Service) -> None:
     page.goto(f"{service.url}/#/jobs")
     job = service.workers.job("came later")

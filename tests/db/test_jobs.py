@@ -372,6 +372,30 @@ def test_extending_a_job_of_some_hours_counts_from_what_it_spent(house):
     assert (search.hours, search.hours_before) == (3.5, 1.5)
 
 
+def test_a_job_without_time_left_is_extended_by_hours_only(house):
+    job_id = house.searching_job(trials=1, hours=1.0)
+    house.run_trial(job_id, house.result())
+    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
+    with house.db.begin() as s:
+        s.get(Job, job_id).spent_seconds = 3600
+    with pytest.raises(BadRequest, match="used 1 of its 1 hours") as caught:
+        _do(house, jobs.extend, job_id, trials=5)
+    assert caught.value.code == "hours_used_up"
+    assert house.job(job_id).state is JobState.DONE
+    with house.db.begin() as s:
+        s.get(Job, job_id).spent_seconds = 3000
+    _do(house, jobs.extend, job_id, trials=5)
+    assert _snapshot(house, job_id).spec.search.hours == 1.0
+
+
+def test_hours_are_not_added_to_a_job_without_a_limit(house):
+    job_id = house.searching_job(trials=1)
+    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.")])
+    with pytest.raises(BadRequest, match="by trials alone") as caught:
+        _do(house, jobs.extend, job_id, trials=5, hours=1.0)
+    assert caught.value.code == "no_limit_of_hours"
+
+
 def test_a_job_at_work_cannot_be_extended(house):
     with pytest.raises(Conflict) as caught:
         _do(house, jobs.extend, house.searching_job(), trials=5)

@@ -30,6 +30,7 @@ export async function jobPage(main, signal, id) {
 
   let job = null;
   let behind = "";
+  const hours = h("input", { type: "number", min: "0", step: "any", style: "width:8rem", placeholder: "more hours", "aria-label": "More hours" });
   const { found, refresh } = listsOf(base);
   const drawCharts = () => {
     frontChart(charts.front, job, found.trials, found.front.points, cost.value);
@@ -39,7 +40,7 @@ export async function jobPage(main, signal, id) {
 
   const draw = () => {
     const { trials, detail, layers: { layers } } = found;
-    drawHead(head, job, base, behind);
+    drawHead(head, job, base, behind, hours);
     drawCharts();
     if (layers.length) layersChart(charts.layers, layers);
     const trained = detail && Object.values(detail.results).some((r) => r.curve.length);
@@ -67,7 +68,7 @@ export async function jobPage(main, signal, id) {
   await follow(base, (fresh) => {
     if (!job) cost.value = fresh.spec?.minimize[0] ?? "parameters";
     job = fresh;
-    drawHead(head, job, base, behind);
+    drawHead(head, job, base, behind, hours);
     if (job.reason_code === "unreadable_job") main.replaceChildren(head);
     else catching ??= catchUp().finally(() => { catching = null; });
   }, signal);
@@ -93,7 +94,8 @@ function listsOf(base) {
   return { found, refresh };
 }
 
-function drawHead(head, job, base, behind) {
+/** `hours`: the field of those that an extension adds, kept over redraws. */
+function drawHead(head, job, base, behind, hours) {
   const act = (action, body) => async (event) => {
     event.target.disabled = true;
     try { await post(`${base}/${action}`, body); toast(`Asked: ${action}.`); } catch (error) { toast(error.message); event.target.disabled = false; }
@@ -102,7 +104,11 @@ function drawHead(head, job, base, behind) {
   if (job.state === "paused") buttons.push(h("button", { onclick: act("resume") }, "Resume"));
   else if (!ENDED.includes(job.state) && job.state !== "cancelling") buttons.push(h("button", { class: "quiet", onclick: act("pause") }, "Pause"));
   if (!ENDED.includes(job.state)) buttons.push(h("button", { class: "danger", disabled: job.state === "cancelling", onclick: act("cancel") }, "Cancel"));
-  if (["done", "failed"].includes(job.state)) buttons.push(h("button", { class: "quiet", onclick: act("extend", { trials: 10 }) }, "Ten more trials"));
+  if (["done", "failed"].includes(job.state)) {
+    if (job.spec?.search.hours != null) buttons.push(hours);
+    const extend = (event) => act("extend", { trials: 10, ...(hours.value && { hours: Number(hours.value) }) })(event);
+    buttons.push(h("button", { class: "quiet", onclick: extend }, "Ten more trials"));
+  }
   const p = job.progress ?? {};
   const done = job.state === "done" ? 1 : (p.trials_done ?? 0) / Math.max(1, p.trials_asked ?? 1);
   const running = (p.running ?? []).map((r) => r.message).filter(Boolean).slice(0, 3).join(" · ");
