@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from search.front import is_cheaper, kept, measured, size
-from search.pace import full_epochs
+from search.pace import full_epochs, out_of_time
 from search.predict import Prediction, Predictor
 from search.spec import (
     Cost,
@@ -68,7 +68,7 @@ def finish(
     """What is left to do once no candidate and no promotion is to come. [] = wait."""
     view = _View(spec, profile, history, full_epochs(spec, profile, history, elapsed_hours))
     if not view.candidates and not view.checked:
-        return [] if running else [_nothing_to_check(spec, profile, history)]
+        return [] if running else [_nothing_to_check(spec, profile, history, elapsed_hours)]
     live = [r for r in view.checked if r.state in _LIVE]
     works = view.to_check(k, len(live))
     if works:
@@ -266,7 +266,9 @@ def _verified(full: TrialResult, allowed: float) -> str:
     return f"it verified with {drop} where {allowed:.4f} is allowed"
 
 
-def _nothing_to_check(spec: JobSpec, profile: Profile, history: Sequence[TrialRecord]) -> Finished:
+def _nothing_to_check(
+    spec: JobSpec, profile: Profile, history: Sequence[TrialRecord], elapsed_hours: float
+) -> Finished:
     """No candidate is left that may be refined: say which of the reasons it is."""
     costs = " and ".join(cost.value for cost in spec.minimize)
     if any(measured(r) is not None and r.state is not TrialState.CANCELLED for r in history):
@@ -277,12 +279,13 @@ def _nothing_to_check(spec: JobSpec, profile: Profile, history: Sequence[TrialRe
             "explains); nothing is handed back, for a network must not grow. Minimize another cost, or allow more "
             "methods and layers.",
         )
-    if not history and spec.search.hours is not None:
+    if not history and out_of_time(spec, profile, elapsed_hours):
         return Finished(
             ok=False,
             code="nothing_tried",
-            reason=f"No candidate was tried: the {spec.search.hours:g} hours of the search were over when the network "
-            f"was measured, or no plan makes it smaller in {costs}. Extend the job by some hours.",
+            reason=f"No candidate was tried: the search's part of the {spec.search.hours:g} hours was over when the "
+            f"network was measured, {elapsed_hours:.2g} hours after the start. Give it more hours: extend the job, or "
+            "start another.",
         )
     if not history:
         return Finished(

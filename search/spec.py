@@ -582,7 +582,7 @@ class Outcome(StrEnum):
     DIVERGED = "fine-tuning diverged: the best weights before it were kept; lower learning_rate"
     NON_FINITE = "the compressed network gave non-finite outputs: its ranks are too low for this data"
     OUT_OF_MEMORY = "ran out of memory: lower batch_size or calibration_samples, or give the worker more"
-    LOST_REFERENCE = "the starting network of this stage is gone: extend the job to run it again"
+    LOST_REFERENCE = "the starting network of this stage is gone: extend the job, or start another, to run it again"
 
 
 class TrialResult(Value):

@@ -139,7 +139,7 @@ class Runner:
             case OSError(errno=number) if number in FULL:
                 self.processes.cool()
                 folder = scratch_root(self.settings)
-                again = "upload it again" if task.kind in INSPECTIONS else "extend the job"
+                again = "upload it again" if task.kind in INSPECTIONS else "extend the job or start another"
                 message = f"the disk of the worker's scratch folder {folder} is full: free some space, then {again}"
                 return self._fail(task, "disk_full", message, retry=False)
             case Failed() | TenfoldError():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.simulator import Life, Surface, live
+from search.finish import finish
 from search.front import is_cheaper
 from search.spec import (
     Budget,
@@ -191,6 +192,20 @@ def test_hours_end_the_search_but_not_the_check_and_the_files() -> None:
     life = live(spec, small(), workers=2)
     assert ended(life).code == "kept_budget"
     assert 3 <= len(life.records) < 60
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "code", "says"),
+    [(1.5, "nothing_tried", "Give it more hours"), (0.5, "nothing_smaller", "No plan makes")],
+)
+def test_a_job_without_candidates_tells_whether_time_or_plans_were_missing(
+    elapsed: float, code: str, says: str
+) -> None:
+    spec, profile = job(8, hours=1.0), small().profile(0)
+    (finished,) = finish(spec, profile, [], running=0, k=1, elapsed_hours=elapsed, exported=[])
+    assert isinstance(finished, Finished)
+    assert (finished.ok, finished.code) == (False, code)
+    assert says in finished.reason
 
 
 def test_an_extended_job_tries_more_and_ends_again() -> None:
