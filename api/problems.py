@@ -3,7 +3,7 @@
 import difflib
 import errno
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -131,9 +131,20 @@ def _echo(value: Any) -> Any:
     return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
 
 
-def _place(location: Iterable[Any]) -> str:
-    parts = [str(part) for part in location]
-    return ".".join(parts[1:] if len(parts) > 1 and parts[0] in {"body", "query", "path", "header"} else parts)
+def _place(error: Mapping[str, Any], body: Any) -> str:
+    """Dotted; without the names of a union's branches, which pydantic puts in and which lead nowhere in ``body``."""
+    source, *parts = error["loc"]
+    if source != "body":
+        return ".".join(map(str, parts or [source]))
+    kept, at = [], body
+    for part in parts:
+        try:
+            at = at[part]
+        except (LookupError, TypeError):
+            if error["type"] != "missing" or part is not parts[-1]:
+                continue
+        kept.append(str(part))
+    return ".".join(kept) or source
 
 
 def _names(app: FastAPI) -> list[str]:
@@ -148,9 +159,13 @@ def _of_validation(request: Request, error: RequestValidationError) -> Problem:
         one = raw[0]
         where = f"at character {one['loc'][-1]}"
         return Problem(400, "invalid_json", f"The body is not JSON {where}: {one['ctx']['error']}.")
-    found, sentences = [], []
+    at: dict[str, list[Any]] = {}
     for one in raw:
-        place, received = _place(one["loc"]), _echo(one.get("input"))
+        at.setdefault(_place(one, error.body), []).append(one)
+    found, sentences = [], []
+    for place, branches in at.items():
+        one = branches[-1]
+        received = _echo(one.get("input"))
         if one["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(one["loc"][-1]), _names(request.app), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out; /docs lists the fields."
@@ -158,7 +173,8 @@ def _of_validation(request: Request, error: RequestValidationError) -> Problem:
         elif one["type"] == "missing":
             message = f"{place!r} is missing: it has to be given."
         else:
-            message = f"{place!r}: {one['msg']} ({received!r} arrived)."
+            allowed = ", or ".join(branch["msg"] for branch in branches)
+            message = f"{place!r}: {allowed} ({received!r} arrived)."
         found.append(FieldProblem(field=place, code=one["type"], message=message, received=received))
         sentences.append(message)
     code = "unknown_field" if any(f.code == "extra_forbidden" for f in found) else "invalid_request"

@@ -142,7 +142,12 @@ def test_a_rejected_model_is_refused_with_its_reason(service):
             "invalid_request",
             "fill a grid",
         ),
-        ({"layers": {"groups": {"two": []}}}, "invalid_request", "layers.groups"),
+        ({"layers": {"groups": {"two": []}}}, "invalid_request", "'layers.groups.two': "),
+        (
+            {"fine_tune": {"epochs": -1}},
+            "invalid_request",
+            "'fine_tune.epochs': Input should be 'auto', or Input should be greater than or equal to 0 (-1 arrived).",
+        ),
         ({"colour": "red"}, "unknown_field", "'red' arrived"),
         ({"search": {"trials": 0}}, "invalid_request", "search.trials"),
     ],
