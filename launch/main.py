@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from db.settings import Settings
-from launch.options import add_arguments
+from launch.options import add_arguments, positive
 from search.errors import TenfoldError
 
 __all__ = ["main"]
@@ -47,7 +47,7 @@ def _add_up(roles: "Roles") -> None:
     _add_data(role)
     role.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     role.add_argument("--port", type=int, help="port to listen on (default 8000; 0 takes a free one)")
-    role.add_argument("--workers", type=_positive, default=None, help="workers (default: one for two cores, at most 4)")
+    role.add_argument("--workers", type=positive, default=None, help="workers (default: one for two cores, at most 4)")
     role.add_argument("--verbose", action="store_true", help="logs to the terminal instead of DATA/logs")
     role.set_defaults(go=_up)
 
@@ -150,13 +150,6 @@ def _key(options: argparse.Namespace) -> int:
 
     scopes = options.scope or ["admin"]
     return key(settings_of(options.data), owner=options.owner, name=options.name, scopes=scopes)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}: at least 1")
-    return value
 
 
 if __name__ == "__main__":

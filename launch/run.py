@@ -15,11 +15,11 @@ from rich.console import Console
 
 from db import keys
 from db.settings import Settings
-from launch.options import job_fields
+from launch.options import submission
 from launch.stopping import stop_on_signals, usual_workers
 from launch.up import AlreadyRunning, Stack
 from tenfold import Client
-from tenfold.errors import Rejected, TenfoldError
+from tenfold.errors import BadRequest, Rejected, TenfoldError
 from tenfold.progress import before_and_after, watch
 
 __all__ = ["run"]
@@ -36,13 +36,21 @@ def run(options: argparse.Namespace) -> int:
             return 2
     workers = options.workers or usual_workers()
     try:
+        asked = submission(options, workers)
+    except ValueError as error:
+        console.print(f"tenfold-server: {error}")
+        return 2
+    try:
         with _folder(options.data_dir) as data:
             settings = Settings(data_dir=data, port=0, **_jail())
             with Stack(settings, workers=workers) as stack, _tended(stack):
-                return _one_job(stack, options, console)
+                return _one_job(stack, options, asked, console)
     except Rejected as error:
         console.print(f"tenfold-server: {error}")
         return 3
+    except BadRequest as error:
+        console.print(f"tenfold-server: {error}")
+        return 2
     except TenfoldError as error:
         console.print(f"tenfold-server: {error}")
         return 1
@@ -51,9 +59,9 @@ def run(options: argparse.Namespace) -> int:
         return 1
 
 
-def _one_job(stack: Stack, options: argparse.Namespace, console: Console) -> int:
+def _one_job(stack: Stack, options: argparse.Namespace, asked: dict[str, Any], console: Console) -> int:
     with Client(stack.url, _key(stack)) as client:
-        job = client.submit(options.model, options.data, **job_fields(options, stack.workers))
+        job = client.submit(options.model, options.data, **asked)
         watch(job, console=console)
         if job.state != "done":
             console.print(f"tenfold-server: {job.data.get('reason')} [{job.data.get('reason_code')}]")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .client import Client
+from .command_line import in_range, job_fields, json_object, read_spec
 from .errors import (
     APIError,
     ConnectionFailed,
@@ -59,6 +60,23 @@ def _submit(model: Path, data: Path, options: dict[str, Any], client: Client) ->
     return client.submit(model, data, **options)
 
 
+@contextmanager
+def _usage(option: str | None = None) -> Iterator[None]:
+    """What is wrong with an option ends the command as wrong use."""
+    try:
+        yield
+    except ValueError as e:
+        raise typer.BadParameter(str(e), param_hint=option) from e
+
+
+def _number(**bounds: float) -> Callable[[float | None], float | None]:
+    def check(value: float | None) -> float | None:
+        with _usage():
+            return None if value is None else in_range(value, **bounds)
+
+    return check
+
+
 Model = Annotated[
     Path,
     typer.Argument(
@@ -66,20 +84,39 @@ Model = Annotated[
     ),
 ]
 Data = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".npz, .safetensors, .parquet, .zip or .tar")]
-MaxDrop = Annotated[float | None, typer.Option(help="What may be lost, in the metric's units: 0.005 = half a point.")]
-MinValue = Annotated[float | None, typer.Option(help="Instead of --max-drop: the value that must be kept.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(callback=_number(least=0), help="What may be lost, in the metric's units: 0.005 = half a point."),
+]
+MinValue = Annotated[
+    float | None, typer.Option(callback=_number(), help="Instead of --max-drop: the value that must be kept.")
+]
 Metric = Annotated[
     str | None, typer.Option(help="accuracy, top5, mse, output_error, agreement, miou, pixel_accuracy or pck.")
 ]
 Minimize = Annotated[list[str] | None, typer.Option(help="parameters, macs, bytes, latency; may be repeated.")]
-Trials = Annotated[int | None, typer.Option(help="Candidates to try.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Candidates to try.")]
 Storage = Annotated[
     list[str] | None, typer.Option(help="float16, int8: also files with weights in fewer bits; may be repeated.")
 ]
 Epochs = Annotated[
-    float | None, typer.Option(help="Epochs of the final fine-tuning (default: what --hours leave time for, else 10).")
+    float | None,
+    typer.Option(
+        callback=_number(least=0),
+        help="Epochs of the final fine-tuning (default: what --hours leave time for, else 10); 0 trains nothing.",
+    ),
 ]
-Hours = Annotated[float | None, typer.Option(help="Wall-clock time for search and fine-tuning.")]
+Hours = Annotated[
+    float | None, typer.Option(callback=_number(above=0), help="Wall-clock time for search and fine-tuning.")
+]
+Spec = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="JSON with fields of the job's spec, such as methods, layers and fine_tune; options win over it.",
+    ),
+]
 Architecture = Annotated[
     str | None, typer.Option(help='Of weights alone: resnet20_cifar10, …, or JSON: {"name": …, "options": {…}}')
 ]
@@ -97,36 +134,31 @@ def _options(
     epochs: float | None,
     hours: float | None,
     storage: list[str] | None,
+    spec: Path | None,
     architecture: str | None,
     data_spec: str,
 ) -> dict[str, Any]:
-    if (max_drop is None) == (min_value is None):
-        raise typer.BadParameter("give exactly one of --max-drop and --min-value")
-    search = {k: v for k, v in {"trials": trials, "hours": hours}.items() if v is not None}
-    return {
-        "max_drop": max_drop,
-        "min_value": min_value,
-        "metric": metric,
-        "minimize": minimize or ["parameters"],
-        "storage": storage or [],
-        "search": search,
-        "fine_tune": {} if epochs is None else {"epochs": epochs},
-        "architecture": _architecture(architecture),
-        "data_spec": _json("--data-spec", data_spec),
-    }
+    with _usage("--spec"):
+        given = read_spec(spec) if spec else {}
+    with _usage():
+        fields = job_fields(
+            given,
+            budget={"max_drop": max_drop, "min_value": min_value, "metric": metric},
+            minimize=minimize,
+            storage=storage,
+            search={"trials": trials, "hours": hours},
+            fine_tune={"epochs": epochs},
+        )
+    with _usage("--data-spec"):
+        data = json_object(data_spec)
+    return {**fields, "architecture": _architecture(architecture), "data_spec": data}
 
 
 def _architecture(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    return dict(_json("--architecture", text)) if text.startswith("{") else {"name": text}
-
-
-def _json(option: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as e:
-        raise typer.BadParameter(f"{option} is not JSON: {e}") from e
+    if text is None or not text.startswith("{"):
+        return None if text is None else {"name": text}
+    with _usage("--architecture"):
+        return json_object(text)
 
 
 @app.command()
@@ -141,12 +173,15 @@ def submit(
     epochs: Epochs = None,
     hours: Hours = None,
     storage: Storage = None,
+    spec: Spec = None,
     architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload and start a search; returns at once."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, storage, architecture, data_spec)
+    options = _options(
+        max_drop, min_value, metric, minimize, trials, epochs, hours, storage, spec, architecture, data_spec
+    )
     with _client() as client:
         job = _submit(model, data, options, client)
         _print(as_json, job.data, lambda: out.print(f"{job.id}\nfollow it: tenfold watch {job.id}", highlight=False))
@@ -165,12 +200,15 @@ def compress(
     epochs: Epochs = None,
     hours: Hours = None,
     storage: Storage = None,
+    spec: Spec = None,
     architecture: Architecture = None,
     data_spec: DataSpec = "{}",
     as_json: Json = False,
 ) -> None:
     """Upload, search, watch and download, in one go."""
-    options = _options(max_drop, min_value, metric, minimize, trials, epochs, hours, storage, architecture, data_spec)
+    options = _options(
+        max_drop, min_value, metric, minimize, trials, epochs, hours, storage, spec, architecture, data_spec
+    )
     with _client() as client:
         job = watch(_submit(model, data, options, client), console=err)
         _finish(job, to, as_json)
@@ -192,7 +230,9 @@ def _finish(job: Job, to: Path, as_json: bool, trial: int | None = None) -> None
 
 @app.command(name="watch")
 def watch_command(
-    job: str, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None, as_json: Json = False
+    job: str,
+    timeout: Annotated[float | None, typer.Option(callback=_number(least=0), help="Seconds.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Follow a job until it ends."""
     with _client() as client:
@@ -303,7 +343,9 @@ def resume(job: str, as_json: Json = False) -> None:
 def extend(
     job: str,
     more: Annotated[int, typer.Option("--trials", min=1, help="Candidates to add.")],
-    hours: Annotated[float | None, typer.Option(help="Hours to add, where the job has a limit of them.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(callback=_number(above=0), help="Hours to add, where the job has a limit of them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """More candidates for a job that is done or has failed."""

@@ -269,7 +269,7 @@ class Operations(Generic[J, M, D, A]):
             "dataset": data.id,
             "name": name or str(model["name"]),
             "budget": {k: v for k, v in given.items() if v is not None},
-            "minimize": list(minimize),
+            "minimize": minimize,
             **spec,
         }
         return self.job_type(self._driver, (yield from fetch("POST", "/v1/jobs", json=body)))

@@ -124,6 +124,30 @@ def test_submit_uploads_and_a_refused_model_has_its_own_exit_code(run: Run, work
     assert (said.code, "not a network" in said.err) == (3, True)
 
 
+def test_a_spec_file_names_what_has_no_option_and_options_win(run: Run, workers: Workers, tmp_path: Path) -> None:
+    file, spec = tmp_path / "net.pt2", tmp_path / "job.json"
+    file.write_bytes(b"net")
+    fields = {
+        "budget": {"max_drop": 0.1, "expect": 0.9},
+        "methods": ["svd"],
+        "layers": {"exclude": ["head*"]},
+        "search": {"trials": 9, "stages": 2},
+    }
+    spec.write_text(json.dumps(fields))
+    with inspecting(workers):
+        job = run("submit", file, file, "--spec", spec, "--trials", 4, "--max-drop", "0.2", "--json").json
+        run("cancel", job["id"])
+        spec.write_text(json.dumps(fields | {"stages": 2, "minimize": "macs"}))
+        refused = run("submit", file, file, "--spec", spec)
+    said = job["spec"]
+    assert (said["budget"]["max_drop"], said["budget"]["expect"]) == (0.2, 0.9)
+    assert (said["methods"], said["layers"]["exclude"]) == (["svd"], ["head*"])
+    assert (said["search"]["trials"], said["search"]["stages"]) == (4, 2)
+    assert refused.code == 6
+    assert "'stages' is not a field here (2 arrived)" in refused.err
+    assert "'minimize': " in refused.err
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
@@ -150,6 +174,13 @@ def test_wrong_use_a_wrong_key_and_no_service_have_exit_codes(
     assert run("submit", file, file).code == 2
     assert run("submit", file, file, "--max-drop", "0.1", "--data-spec", "{").code == 2
     assert run("submit", file, file, "--max-drop", "0.1", "--architecture", "{").code == 2
+    assert run("submit", file, file, "--spec", file).code == 2
+    for option, value in (("--hours", "nan"), ("--hours", "0"), ("--epochs", "-1"), ("--trials", 0)):
+        assert run("compress", file, file, "-o", tmp_path, "--max-drop", "0.1", option, value).code == 2
+    assert run("submit", file, file, "--max-drop", "0.1", "--data-spec", '{"transform": {"scale": NaN}}').code == 2
+    assert run("extend", done, "--trials", 1, "--hours", "inf").code == 2
+    said = run("watch", done, "--timeout", "nan")
+    assert (said.code, "give a finite number of at least 0" in said.err) == (2, True)
     assert run("trials", "job_none").code == 6
     monkeypatch.setenv("TENFOLD_API_KEY", "tf_wrong")
     assert run("jobs").code == 4

@@ -94,6 +94,13 @@ def test_weights_alone_and_an_architecture_are_enough(folder):
     )
 
 
+def test_what_the_service_does_not_accept_is_misuse(folder):
+    refused = folder.run(folder.weights(), "--architecture", "small_cnn", "--std", "0")
+    assert refused.returncode == 2
+    assert "std must be positive" in refused.stderr
+    folder.assert_nothing_else_is_left()
+
+
 def test_a_model_that_is_refused_has_its_own_exit_status_and_says_what_to_do(folder):
     refused = folder.run(folder.weights(), "--architecture", "small_cnn", "--json")
     assert refused.returncode == 3
