@@ -50,7 +50,6 @@ from search.spec import (
     JobSpec,
     Rung,
     SearchSpec,
-    Transform,
     TrialRecord,
 )
 from search.tune import fine_tune
@@ -66,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--network", choices=("resnet20", "resnet32", *NETWORKS), help="or give --model and --data")
     parser.add_argument("--weights", type=Path, help="of a ResNet; the others are trained on first use")
     parser.add_argument("--model", type=Path, help="a .pt2 of tenfold.export")
-    parser.add_argument("--data", type=Path, help="an .npz with x_, y_ of train, val and test")
-    parser.add_argument("--transform", type=Transform.model_validate_json, default=None, help="JSON, with --data")
+    parser.add_argument("--data", type=Path, help="a data file as the service takes it, for classification")
+    parser.add_argument("--data-spec", type=DataSpec.model_validate_json, default=DataSpec(), help="JSON, with --data")
     training = parser.add_mutually_exclusive_group()
     training.add_argument("--epochs", type=float, default=0.0, help="of training, for each point of each front")
     training.add_argument("--no-fine-tuning", dest="epochs", action="store_const", const=0.0)
@@ -117,7 +116,7 @@ def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
         found = search(session, spec, folder / "trials", told=lambda s: _tell(s, options.trials))
         dense = found.profile
-        chance = 1 / (bench.data.info.classes or 1)
+        chance = 1 / bench.data.info.classes
         result["dense"] = {
             "parameters": dense.costs.parameters,
             "macs": dense.costs.macs,
@@ -144,13 +143,14 @@ def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def opened(options: argparse.Namespace, folder: Path) -> tuple[Session, JobSpec]:
     """The job as a worker opens it."""
-    architecture, transform = None, options.transform or Transform()
-    model, data = options.model, options.data
+    architecture, model, data, data_spec = None, options.model, options.data, options.data_spec
     if options.network in NETWORKS:
         known = NETWORKS[options.network]
-        model, data, transform = trained(options.network), prepare(known.data), known.transform
+        model, data = trained(options.network), prepare(known.data)
+        data_spec = DataSpec(transform=known.transform, validation=_held_out(data))
     elif options.network is not None:
-        model, data, transform = options.weights, prepare("cifar10"), AUGMENTED
+        model, data = options.weights, prepare("cifar10")
+        data_spec = DataSpec(transform=AUGMENTED, validation=_held_out(data))
         architecture = {"name": f"{options.network}_cifar10"}
     drop = options.max_drop if options.max_drop is not None else (0.02 if options.epochs else 0.15)
     spec = JobSpec(
@@ -160,19 +160,18 @@ def opened(options: argparse.Namespace, folder: Path) -> tuple[Session, JobSpec]
         fine_tune=FineTune(epochs=options.epochs, short_epochs=0),
         search=SearchSpec(trials=options.trials, seed=options.seed),
     )
-    held_out = None
-    with np.load(data) as arrays:
-        if "x_val" not in arrays.files:  # rather than half of the test images
-            held_out = min(0.5, 5000 / len(arrays["y_train"]))
     session = Session(
-        model,
-        data,
-        architecture=architecture,
-        data_spec=DataSpec(transform=transform, validation=held_out),
-        spec=spec,
-        scratch=folder / "session",
+        model, data, architecture=architecture, data_spec=data_spec, spec=spec, scratch=folder / "session"
     )
+    if session.bench.data.info.classes is None:
+        raise SystemExit(f"--data holds a task of {session.bench.data.info.task}; this compares accuracies of classes")
     return session, spec
+
+
+def _held_out(data: Path) -> float | None:
+    """Share of the training images to choose on, where no others are set apart, rather than half of the test images."""
+    with np.load(data) as arrays:
+        return None if "x_val" in arrays.files else min(0.5, 5000 / len(arrays["y_train"]))
 
 
 def chosen(found: Search, points: int) -> list[TrialRecord]:

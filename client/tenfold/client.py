@@ -106,7 +106,7 @@ class Operations(Generic[J, M, D, A]):
             min_value: instead of ``max_drop``, the value that must be kept.
             metric: one that the data's task allows (``accuracy``, ``top5``, ``mse``, ``output_error``, ``agreement``,
                 ``miou``, ``pixel_accuracy``, ``pck``); None: the task's first.
-            minimize: any of ``parameters``, ``macs``, ``bytes``, ``latency``; the first counts most.
+            minimize: any of ``parameters``, ``macs``, ``bytes``, ``latency``; several count alike.
             architecture: ``{"name": …, "options": {…}}``, of those that the service knows.
             spec: other fields of the job: ``methods``, ``layers``, ``fine_tune``, ``search``, ``export``, ``storage``,
                 and ``budget`` for its ``confidence`` and ``expect``.

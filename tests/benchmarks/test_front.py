@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import front, peers
 from search.front import dominates
+from tests.benchmarks.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -34,6 +36,23 @@ def test_its_own_search_ends_in_a_front_and_a_picture(
     assert result["choosing"]["trials"] == 5
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "epochs of the original" in " ".join(capsys.readouterr().out.split())
+
+
+def test_data_may_come_in_any_form_that_the_service_takes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with np.load(files[1]) as arrays:
+        unsplit = {n: np.concatenate([arrays[f"{n}_{part}"] for part in ("train", "val", "test")]) for n in "xy"}
+    np.savez(tmp_path / "rows.npz", **unsplit)
+    spec = json.dumps({"validation": 0.4})
+    result = run((files[0], tmp_path / "rows.npz"), tmp_path / "front.json", "--no-fine-tuning", "--data-spec", spec)
+    assert len(result["fronts"]["tenfold"]["points"]) >= 2
+
+
+def test_other_tasks_than_classification_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    x = chance.normal(size=(200, 16)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", x=x, y=x[:, :CLASSES])
+    with pytest.raises(SystemExit, match="task of regression; this compares accuracies"):
+        run((files[0], tmp_path / "rows.npz"), tmp_path / "front.json", "--data-spec", '{"task": "regression"}')
 
 
 def test_with_epochs_each_point_and_the_dense_network_are_trained(files: tuple[Path, Path], tmp_path: Path) -> None:
