@@ -69,6 +69,10 @@ RECIPES: dict[str, dict[str, float]] = {
     "rate 0.01": {"learning_rate": 0.01},
     "rate 0.04": {"learning_rate": 0.04},
     "0.04, 2e-4, 0.9": {"learning_rate": 0.04, "weight_decay": 2e-4, "distill": 0.9},
+    "labels only": {"distill": 0.0},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 2": {"temperature": 2.0},
+    "averaged 0.99": {"ema": 0.99},
 }
 SHARES = (0.1, 0.04)
 """Of the cost, kept by the candidates whose recipes and iterations are compared."""
