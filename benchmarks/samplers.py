@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 else:
                     reached = _real(candidates, spec, sampler, options.trials)
                     result["evaluated"] = candidates.evaluated
-                result["curves"][name].append([r._asdict() for r in reached])
+                result["curves"][name].append([{k: round(v, 4) for k, v in r._asdict().items()} for r in reached])
                 print(f"seed {seed}, {name}: {reached[-1]}", file=sys.stderr, flush=True)
                 if options.json:
                     options.json.write_text(json.dumps(result) + "\n")
