@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from search.spec import CLEARLY, Cost, Costs, Outcome, Rung, TrialRecord, TrialResult
+from search.spec import BEYOND_CHANCE, Cost, Costs, Outcome, Rung, TrialRecord, TrialResult
 
 __all__ = ["dominates", "front", "hypervolume", "improvement", "is_cheaper", "kept", "measured", "ratios", "size"]
 
@@ -49,7 +49,7 @@ def size(costs: Costs, dense: Costs, minimize: Sequence[Cost]) -> float:
 
 def is_cheaper(costs: Costs, dense: Costs, minimize: Sequence[Cost]) -> bool:
     """Never grow: strictly below the original in every cost that is minimized, latency by more than chance explains."""
-    chance = {Cost.LATENCY: CLEARLY * costs.latency_noise}
+    chance = {Cost.LATENCY: BEYOND_CHANCE * costs.latency_noise}
     return all(kept(costs, dense, cost) < 1.0 - chance.get(cost, 0.0) for cost in minimize)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search.spec import CLEARLY
+from search.spec import BEYOND_CHANCE
 from tenfold.layers.planning import one_sample
 
 __all__ = ["Latency", "measure", "measure_parts", "pause_while_measuring"]
@@ -48,7 +48,7 @@ class Latency:
     @property
     def is_slower(self) -> bool:
         """The compressed one, by more than chance explains."""
-        return self.compressed_ms > self.dense_ms * (1 + CLEARLY * self.noise)
+        return self.compressed_ms > self.dense_ms * (1 + BEYOND_CHANCE * self.noise)
 
 
 _Run = Callable[[], Mapping[str, float]]

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
-    "CLEARLY",
+    "BEYOND_CHANCE",
     "DEFAULT_EPOCHS",
     "FRACTIONS",
     "IGNORED_CLASS",
@@ -462,7 +462,7 @@ class DataInfo(Value):
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-CLEARLY = 2.0
+BEYOND_CHANCE = 2.0
 """Standard errors of a quotient of two latencies that chance explains: so far from 1, one is slower than the other."""
 
 
