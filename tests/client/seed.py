@@ -5,6 +5,9 @@
 
 import math
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -298,6 +301,24 @@ class Workers:
     def _claim(self, job: str | None = None) -> Task | None:
         with self.db.begin() as s:
             return tasks.claim(s, "w", "cpu", 90, job)
+
+
+@contextmanager
+def inspecting(workers: Workers, refuse: str | None = None) -> Iterator[None]:
+    """A worker that inspects whatever comes."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.05):
+            workers.inspect(refuse)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def main(folder: Path) -> None:

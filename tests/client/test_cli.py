@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ import pytest
 
 from tenfold import Client, cli
 from tests.client.conftest import Service
-from tests.client.seed import Workers
+from tests.client.seed import Workers, inspecting
 
 
 class Said(NamedTuple):
@@ -93,22 +91,6 @@ def test_a_job_that_used_its_hours_is_extended_by_more_of_them(run: Run, service
     assert (said.code, "give the hours to add" in said.err) == (6, True)
     job = run("extend", id, "--trials", 3, "--hours", 0.5, "--json").json
     assert (job["state"], job["spec"]["search"]["hours"]) == ("searching", 1.5)
-
-
-@contextmanager
-def inspecting(workers: Workers, refuse: str | None = None) -> Iterator[None]:
-    """A worker that inspects whatever comes."""
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.wait(0.05):
-            workers.inspect(refuse)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
 
 
 def test_submit_uploads_and_a_refused_model_has_its_own_exit_code(run: Run, workers: Workers, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from db.keys import Scope
 from db.tables import JobState
 from tenfold import errors
 from tests.client.conftest import Service
-from tests.client.seed import LAYERS, Workers
+from tests.client.seed import LAYERS, Workers, inspecting
 
 
 @pytest.fixture
@@ -77,18 +77,17 @@ def test_a_deleted_upload_is_gone(client: tenfold.Client, file: Path) -> None:
 
 
 def test_files_become_a_job_with_what_was_asked(client: tenfold.Client, workers: Workers, file: Path) -> None:
-    helper = later(0.3, workers.inspect)
-    job = client.submit(
-        file,
-        file,
-        max_drop=0.02,
-        minimize=("macs", "parameters"),
-        data_spec={"transform": {"scale": 0.5}, "validation": 0.3},
-        search={"trials": 7},
-        fine_tune={"epochs": 3},
-        budget={"confidence": 0.9},
-    )
-    helper.join()
+    with inspecting(workers):
+        job = client.submit(
+            file,
+            file,
+            max_drop=0.02,
+            minimize=("macs", "parameters"),
+            data_spec={"transform": {"scale": 0.5}, "validation": 0.3},
+            search={"trials": 7},
+            fine_tune={"epochs": 3},
+            budget={"confidence": 0.9},
+        )
     assert job.state == "queued"
     assert job["name"] == "net"
     assert job["spec"]["budget"] == {
