@@ -127,9 +127,9 @@ class _Proposals:
         kept: list[float] = []
         beyond: list[float] = []
         for record in self._stage:
-            final = self._predictor.final(record)
-            if final is not None and record.params.get("start") in _ALLOCATED:
-                (kept if final.mean <= self._profile.max_drop else beyond).append(ground.share(record.plan, mix))
+            keeps = self._keeps(record)
+            if keeps is not None and record.params.get("start") in _ALLOCATED:
+                (kept if keeps else beyond).append(ground.share(record.plan, mix))
         if len(kept) + len(beyond) < _FIRST:
             return None
         smallest = min(kept, default=ground.start_share)
@@ -142,15 +142,19 @@ class _Proposals:
 
     def _moved(self, number: int) -> Start | None:
         """A move of the smallest of the allocator's candidates, or of their moves, that should keep the budget."""
-        best: tuple[float, TrialRecord] | None = None
-        for record in self._stage:
-            result, final = measured(record), self._predictor.final(record)
-            if result is None or final is None or final.mean > self._profile.max_drop:
-                continue
-            share = size(result.costs, self._profile.costs, self._spec.minimize)
-            if (record.params.get("start") in _ALLOCATED or MOVED in record.params) and (not best or share < best[0]):
-                best = share, record
-        return moved(self._spec, self._space, best[1], self._stage, number) if best else None
+        able = [
+            (size(result.costs, self._profile.costs, self._spec.minimize), record.number, record)
+            for record in self._stage
+            if (record.params.get("start") in _ALLOCATED or MOVED in record.params)
+            and self._keeps(record)
+            and (result := measured(record)) is not None
+        ]
+        return moved(self._spec, self._space, min(able)[-1], self._stage, number) if able else None
+
+    def _keeps(self, record: TrialRecord) -> bool | None:
+        """Whether it should keep the budget; None while nothing usable is measured."""
+        final = self._predictor.final(record)
+        return None if final is None else final.mean <= self._profile.max_drop
 
     def _is_new(self, plan: Plan) -> bool:
         return plan_key(plan) not in self._seen and self._space.ground.saves(plan, self._spec.minimize)

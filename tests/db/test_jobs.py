@@ -34,6 +34,19 @@ def _do(house, action, job_id, owner="ann", **more):
         return action(s, owner, job_id, **more)
 
 
+def _done_job(house, **search):
+    """Of one trial, which is handed back."""
+    job_id = house.searching_job(trials=1, **search)
+    house.run_trial(job_id, house.result())
+    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
+    return job_id
+
+
+def _spend(house, job_id, *, seconds):
+    with house.db.begin() as s:
+        s.get(Job, job_id).spent_seconds = seconds
+
+
 def _artifact(house, name="model.pt2", content=b"exported"):
     blob = blobs.write(house.db, [content])
     return tasks.NewArtifact(ExportFormat.PT2, name, "application/octet-stream", blob.id, {"value": 0.9})
@@ -326,8 +339,7 @@ def test_pausing_keeps_the_state_to_return_to_and_stops_the_clock(house):
     assert _snapshot(house, job_id) is None
     job = _do(house, jobs.resume, job_id)
     assert (job.state, job.resume_to) == (JobState.SEARCHING, None)
-    with house.db.begin() as s:
-        s.get(Job, job_id).spent_seconds = 3600.0
+    _spend(house, job_id, seconds=3600)
     assert _snapshot(house, job_id).elapsed_hours == pytest.approx(1.0, abs=0.01)
 
 
@@ -351,9 +363,7 @@ def test_a_finished_job_cannot_be_paused_or_resumed(house, action, code):
 
 
 def test_extending_a_done_job_searches_on(house):
-    job_id = house.searching_job(trials=1)
-    house.run_trial(job_id, house.result())
-    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
+    job_id = _done_job(house)
     job = _do(house, jobs.extend, job_id, trials=5)
     assert (job.state, job.finished_at, job.reason_code, job.best) == (JobState.SEARCHING, None, None, 0)
     seen = _snapshot(house, job_id)
@@ -362,28 +372,21 @@ def test_extending_a_done_job_searches_on(house):
 
 
 def test_extending_a_job_of_some_hours_counts_from_what_it_spent(house):
-    job_id = house.searching_job(trials=1, hours=1.0)
-    house.run_trial(job_id, house.result())
-    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
-    with house.db.begin() as s:
-        s.get(Job, job_id).spent_seconds = 5400
+    job_id = _done_job(house, hours=1.0)
+    _spend(house, job_id, seconds=5400)
     _do(house, jobs.extend, job_id, trials=5, hours=2.0)
     search = _snapshot(house, job_id).spec.search
     assert (search.hours, search.hours_before) == (3.5, 1.5)
 
 
 def test_a_job_without_time_left_is_extended_by_hours_only(house):
-    job_id = house.searching_job(trials=1, hours=1.0)
-    house.run_trial(job_id, house.result())
-    house.apply(job_id, [Finished(ok=True, code="kept_budget", reason="Done.", best=0)])
-    with house.db.begin() as s:
-        s.get(Job, job_id).spent_seconds = 3600
+    job_id = _done_job(house, hours=1.0)
+    _spend(house, job_id, seconds=3600)
     with pytest.raises(BadRequest, match="used 1 of its 1 hours") as caught:
         _do(house, jobs.extend, job_id, trials=5)
     assert caught.value.code == "hours_used_up"
     assert house.job(job_id).state is JobState.DONE
-    with house.db.begin() as s:
-        s.get(Job, job_id).spent_seconds = 3000
+    _spend(house, job_id, seconds=3000)
     _do(house, jobs.extend, job_id, trials=5)
     assert _snapshot(house, job_id).spec.search.hours == 1.0
 
