@@ -12,10 +12,10 @@ from benchmarks.no_gradient import AUGMENTED
 from search.bench import Bench, read_weights
 from search.export import save_weights
 from search.precision import Precision
+from search.schedule import train
 from search.session import Session
 from search.spec import DataSpec, FineTune, JobSpec, Plan, Profile, Rung, TrialResult, TrialWork
 from search.study import plan_key
-from search.tune import fine_tune
 
 __all__ = ["PRETRAINED", "Built", "Candidates", "Trained"]
 
@@ -94,7 +94,7 @@ class Candidates:
         """``start`` after the service's training, always in float32: what the quickest format is depends on the day."""
         bench = self.bench
         network, plan = read_weights(bench.original, start.weights)
-        tuned = fine_tune(
+        tuned = train(
             network,
             bench.original,
             bench.data,

@@ -73,6 +73,7 @@ RECIPES: dict[str, dict[str, float]] = {
     "temperature 1": {"temperature": 1.0},
     "temperature 2": {"temperature": 2.0},
     "averaged 0.99": {"ema": 0.99},
+    "a quarter by blocks": {"sequential": 0.25},
 }
 SHARES = (0.1, 0.04)
 """Of the cost, kept by the candidates whose recipes and iterations are compared."""

@@ -8,29 +8,28 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from search import cost, latency
 from search.baseline import allowed_drop
-from search.bench import Bench, Report, read_weights, sketched
+from search.bench import Bench, read_weights, sketched
 from search.export import save_weights
 from search.latency import Latency
 from search.layout import channels_last
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
 from search.reconstruct import recalibrate_batch_norm, reconstruct
-from search.sequential import train_blocks
+from search.schedule import train
 from search.spec import (
     LEARNING_RATE_SCALE,
     Cost,
     Costs,
     EpochRecord,
     Interval,
-    Metric,
     Outcome,
     Plan,
     Rung,
@@ -38,7 +37,6 @@ from search.spec import (
     TrialWork,
 )
 from search.surgery import dense_of
-from search.tune import Tuned, fine_tune
 
 __all__ = ["as_shipped", "build", "measure_latency", "run", "slower", "verified"]
 
@@ -49,18 +47,6 @@ KEPT_BYTES = 8 << 20
 SEED_RANGE = 2**31
 CLEARLY = 0.95
 """Channels last must take less than this share of the time, or the network is left as it is."""
-
-
-class _How(TypedDict):
-    """What training block by block and end to end are told alike."""
-
-    seed: int
-    metric: Metric
-    save: Path | None
-    saved: Save | None
-    report: Report
-    reference: Tensor | None
-    keep: Literal["best", "last"]
 
 
 @dataclass
@@ -243,45 +229,32 @@ def _train(
     save: Save | None,
     found: _Findings,
 ) -> None:
-    recipe = bench.spec.fine_tune
     epochs = work.epochs
     if epochs == 0:
         return
-    scale = float(work.params.get(LEARNING_RATE_SCALE, 1.0))
-    recipe = recipe.model_copy(update={"sequential_learning_rate": scale * recipe.sequential_learning_rate})
-    how = _How(
-        seed=_seed(bench.spec.search.seed, work.number, work.rung),
-        metric=bench.metric,
-        save=out / "checkpoint.safetensors" if save else None,
-        saved=save,
-        report=lambda message, done, _: bench.report(message, done, epochs),
-        reference=bench.reference if bench.relative else None,
-        keep=bench.keep,
-    )
-    networks, part, runtime = (network, bench.original), recipe.sequential * epochs, bench.runtime
     data = bench.data
     if bench.keep == "last" and work.rung is Rung.FULL:
         data = data.learning_select()
         found.notes.append(
             "the select split, which the original has seen and which chooses nothing, is learnt from too"
         )
-    tuned: Tuned | None = None
-    if part > 0:
-        tuned = train_blocks(*networks, data, recipe, epochs=part, checkpoint=checkpoint, runtime=runtime, **how)
-    if tuned is not None:
-        checkpoint, runtime = None, replace(runtime, precision=tuned.precision)
-    if tuned is None or (part < epochs and tuned.outcome is Outcome.OK):
-        tuned = fine_tune(
-            *networks,
-            data,
-            recipe,
-            epochs=epochs - part,
-            checkpoint=checkpoint,
-            runtime=runtime,
-            before=tuned,
-            rate_scale=scale,
-            **how,
-        )
+    tuned = train(
+        network,
+        bench.original,
+        data,
+        bench.spec.fine_tune,
+        epochs=epochs,
+        seed=_seed(bench.spec.search.seed, work.number, work.rung),
+        metric=bench.metric,
+        runtime=bench.runtime,
+        checkpoint=checkpoint,
+        rate_scale=float(work.params.get(LEARNING_RATE_SCALE, 1.0)),
+        save=out / "checkpoint.safetensors" if save else None,
+        saved=save,
+        report=lambda message, done, _: bench.report(message, done, epochs),
+        reference=bench.reference if bench.relative else None,
+        keep=bench.keep,
+    )
     found.curve, found.epochs, found.outcome = tuned.curve, tuned.epochs, tuned.outcome
     found.epoch_seconds = tuned.epoch_seconds
     found.notes += tuned.notes

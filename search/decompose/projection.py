@@ -122,7 +122,7 @@ def projected(problem: Problem, p: Tensor, taps: int) -> tuple[Tensor, Tensor]:
     """Moments of the projected input, (r * taps, r * taps) or (r * taps,) where white, and ``M B C P'``."""
     r, a = p.shape
     if problem.white:
-        d = (p @ problem.weighed.reshape(-1, a, taps)).flatten(1)
+        d = torch.einsum("ra,oat->ort", p, problem.weighed.reshape(-1, a, taps)).flatten(1)
         c = p @ p.T
         if float((c - torch.eye(r, dtype=p.dtype)).abs().max()) < 1e-9:
             return torch.ones(r * taps, dtype=p.dtype), d
