@@ -30,7 +30,7 @@ export async function jobPage(main, signal, id) {
 
   let job = null;
   let behind = "";
-  const hours = h("input", { type: "number", min: "0", step: "any", style: "width:8rem", placeholder: "more hours", "aria-label": "More hours" });
+  const hours = h("input", { type: "number", min: "0", step: "any", style: "width:5rem" });
   const { found, refresh } = listsOf(base);
   const drawCharts = () => {
     frontChart(charts.front, job, found.trials, found.front.points, cost.value);
@@ -105,7 +105,7 @@ function drawHead(head, job, base, behind, hours) {
   else if (!ENDED.includes(job.state) && job.state !== "cancelling") buttons.push(h("button", { class: "quiet", onclick: act("pause") }, "Pause"));
   if (!ENDED.includes(job.state)) buttons.push(h("button", { class: "danger", disabled: job.state === "cancelling", onclick: act("cancel") }, "Cancel"));
   if (["done", "failed"].includes(job.state)) {
-    if (job.spec?.search.hours != null) buttons.push(hours);
+    if (job.spec?.search.hours != null) buttons.push(h("label", { class: "row muted" }, "More hours", hours));
     const extend = (event) => act("extend", { trials: 10, ...(hours.value && { hours: Number(hours.value) }) })(event);
     buttons.push(h("button", { class: "quiet", onclick: extend }, "Ten more trials"));
   }
