@@ -211,7 +211,7 @@ def _read(layer: nn.Module, group: int) -> _Terms:
     spatial = torch.ones(len(first), 1, dtype=torch.float64)
     if "spatial.weight" in layer.state_dict():
         filters = layer.get_parameter("spatial.weight").detach().to("cpu", torch.float64)
-        spatial = filters.reshape(-1, len(first), filters.shape[2] * filters.shape[3])[group]
+        spatial = filters.reshape(-1, len(first), math.prod(filters.shape[2:]))[group]
     return _Terms(first, second, spatial)
 
 

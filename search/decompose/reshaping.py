@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from search.decompose.base import Problem, conv_reason, geometry
+from search.decompose.base import CONVS, Problem, conv_reason, geometry
 from tenfold.layers.reshaped import balanced
 
 __all__ = ["Modes", "Separable", "modes_of", "reshaped_reason", "separable"]
@@ -36,8 +36,8 @@ class Modes:
 
 def modes_of(layer: nn.Module) -> Modes:
     groups, weight = geometry(layer)
-    sources = int(layer.in_channels) // groups if isinstance(layer, nn.Conv2d) else weight.shape[2]
-    stride = math.prod(layer.stride) if isinstance(layer, nn.Conv2d) else 1
+    sources = int(layer.in_channels) // groups if isinstance(layer, CONVS) else weight.shape[2]
+    stride = math.prod(layer.stride) if isinstance(layer, CONVS) else 1
     return Modes(groups, balanced(sources), balanced(weight.shape[1]), weight.shape[2] // sources, stride)
 
 
@@ -47,9 +47,9 @@ def reshaped_reason(layer: nn.Module, method: str) -> str | None:
     A prime number of channels is refused: as 1 x p the mode would not be reshaped at all, and the plain methods do
     that with fewer links.
     """
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return f"{method} replaces Linear and Conv2d, not {type(layer).__name__}"
-    reason = conv_reason(layer) if isinstance(layer, nn.Conv2d) else None
+    if not isinstance(layer, (nn.Linear, *CONVS)):
+        return f"{method} replaces Linear and convolutions, not {type(layer).__name__}"
+    reason = conv_reason(layer) if isinstance(layer, CONVS) else None
     if reason is not None:
         return reason
     modes = modes_of(layer)

@@ -23,7 +23,7 @@ from .chains import (
 )
 from .joint import JOINT, JointLayer, JointMPS, JointTucker, joint_like
 from .recurrent import LowRankGRU, LowRankLSTM
-from .reshaped import ReshapedCPConv2d, ReshapedCPLinear, ReshapedTuckerConv2d, ReshapedTuckerLinear
+from .reshaped import ReshapedCPConv, ReshapedCPLinear, ReshapedTuckerConv, ReshapedTuckerLinear
 from .separable import CP3Conv, CP4Conv2d, TTConv2d
 from .shuffled import (
     ShuffledCPConv,
@@ -54,9 +54,9 @@ __all__ = [
     "LowRankLSTM",
     "LowRankLinear",
     "RTTConv",
-    "ReshapedCPConv2d",
+    "ReshapedCPConv",
     "ReshapedCPLinear",
-    "ReshapedTuckerConv2d",
+    "ReshapedTuckerConv",
     "ReshapedTuckerLinear",
     "ShuffledCPConv",
     "ShuffledCPLinear",
@@ -95,9 +95,9 @@ LAYERS: tuple[type[FactorizedLayer], ...] = (
     TTLinear,
     RTTConv,
     ReshapedCPLinear,
-    ReshapedCPConv2d,
+    ReshapedCPConv,
     ReshapedTuckerLinear,
-    ReshapedTuckerConv2d,
+    ReshapedTuckerConv,
     *(ShuffledTTLinear, ShuffledTTConv),
     *(ShuffledTuckerLinear, ShuffledTuckerConv),
     *(ShuffledCPLinear, ShuffledCPConv),

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ConvChain, FactorizedLayer, dense_linear
+from .base import Conv, ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, from_first, from_last, joined, linear_way, train_way
 from .keeping import Keeping
 from .planning import Work, batch_of, convolution, copy, product, quickest, rows_of
 
 __all__ = [
-    "ReshapedCPConv2d",
+    "ReshapedCPConv",
     "ReshapedCPLinear",
-    "ReshapedTuckerConv2d",
+    "ReshapedTuckerConv",
     "ReshapedTuckerLinear",
     "balanced",
     "cp_shape",
@@ -127,7 +127,7 @@ def _second_first(s: Pair, t: Pair) -> bool:
 
 
 class _Factors(Keeping):
-    """What the Linear and the Conv2d of one method share: factors as parameters, and the dense layer's bias."""
+    """What the Linear and the convolution of one method share: factors as parameters, and the dense layer's bias."""
 
     bias: nn.Parameter | None
 
@@ -342,19 +342,8 @@ class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
         return dense_linear(self.dense_weight(), self.bias)
 
 
-class _Conv2d(ConvChain):
-    replaces = (nn.Conv2d,)
-
-    def _kernel(self, c_in: int, c_out: int) -> nn.Conv2d:
-        """The link with the whole kernel."""
-        link = self._link(c_in, c_out, range(len(self.kernel_size)))
-        if not isinstance(link, nn.Conv2d):
-            raise ValueError(f"{self.method} replaces a Conv2d, got a kernel of {self.kernel_size}")
-        return link
-
-
-class ReshapedCPConv2d(_CP, _Conv2d):
-    """A Conv2d as ``rank`` Kronecker products, each with a spatial filter of its own."""
+class ReshapedCPConv(_CP, ConvChain):
+    """A convolution as ``rank`` Kronecker products, each with a spatial filter of its own."""
 
     method = "r_cp"
 
@@ -362,7 +351,7 @@ class ReshapedCPConv2d(_CP, _Conv2d):
         rank, g = self.ranks[0], self.groups
         self._make_factors(self.in_channels, self.out_channels, g, rank, bias, **self._make)
         # As it filters every channel alike, before the contractions of channels; behind them it sums the ranks, too.
-        self.spatial = self._kernel(g, g * rank)
+        self.spatial = self._link(g, g * rank, range(len(self.kernel_size)))
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
@@ -373,7 +362,7 @@ class ReshapedCPConv2d(_CP, _Conv2d):
 
     def along(self, order: Order, x: Tensor) -> Tensor:
         """The layer's output, computed in one order: it is the same in all of them."""
-        batch, _, height, width = x.shape
+        batch, sizes = x.shape[0], x.shape[2:]
         g, rank = self.groups, self.ranks[0]
         y: Tensor
         if order == "dense":
@@ -384,27 +373,29 @@ class ReshapedCPConv2d(_CP, _Conv2d):
             return y
         # Filters act on every channel alike: channels go to the batch.
         if order == "spatial_first":
-            x = x.reshape(batch, g, -1, height, width).transpose(1, 2)
-            y = self.spatial(x.reshape(-1, g, height, width))
-            height, width = y.shape[2:]
-            y = y.reshape(batch, -1, g, rank, height * width).permute(0, 2, 3, 1, 4)
-            y = self._summed(y.reshape(batch, g, rank, *self.s, height * width))
+            x = x.reshape(batch, g, -1, *sizes).transpose(1, 2)
+            y = self.spatial(x.reshape(-1, g, *sizes))
+            sizes = y.shape[2:]
+            y = y.reshape(batch, -1, g, rank, math.prod(sizes)).permute(0, 2, 3, 1, 4)
+            y = self._summed(y.reshape(batch, g, rank, *self.s, math.prod(sizes)))
         else:
-            y = self._apart(x.reshape(batch, g, *self.s, height * width))
-            y = y.permute(0, 3, 1, 2, 4).reshape(-1, g * rank, height, width)
+            y = self._apart(x.reshape(batch, g, *self.s, math.prod(sizes)))
+            y = y.permute(0, 3, 1, 2, 4).reshape(-1, g * rank, *sizes)
             y = self.spatial._conv_forward(y, self.spatial.weight.reshape(g, rank, *self.kernel_size), None)
-            height, width = y.shape[2:]
-            y = y.reshape(batch, -1, g, height, width).transpose(1, 2)
-        y = y.reshape(batch, self.out_channels, height, width)
-        return y if self.bias is None else y + self.bias[:, None, None]
+            sizes = y.shape[2:]
+            y = y.reshape(batch, -1, g, *sizes).transpose(1, 2)
+        y = y.reshape(batch, self.out_channels, *sizes)
+        return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * len(sizes))
 
     def dense_weight(self) -> Tensor:
         filters = self.spatial.weight.reshape(self.groups, self.ranks[0], -1)
         return self._matrix(filters).reshape(self.out_channels, -1, *self.kernel_size)
 
+    spatial: Conv
 
-class ReshapedTuckerConv2d(_Tucker, _Conv2d):
-    """A Conv2d as mode products, a k x k ``core`` convolution (R1 R2 -> R1' R2') and mode products back."""
+
+class ReshapedTuckerConv(_Tucker, ConvChain):
+    """A convolution as mode products, a k x k ``core`` convolution (R1 R2 -> R1' R2') and mode products back."""
 
     method = "r_tucker"
     count = 4
@@ -412,7 +403,8 @@ class ReshapedTuckerConv2d(_Tucker, _Conv2d):
     def _build(self, bias: bool) -> None:
         g = self.groups
         self._make_factors(self.in_channels, self.out_channels, g, self.ranks, bias, **self._make)
-        self.core = self._kernel(g * math.prod(self.ranks[:2]), g * math.prod(self.ranks[2:]))
+        low, high = math.prod(self.ranks[:2]), math.prod(self.ranks[2:])
+        self.core = self._link(g * low, g * high, range(len(self.kernel_size)))
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
@@ -429,16 +421,18 @@ class ReshapedTuckerConv2d(_Tucker, _Conv2d):
             (kernel,) = self.made(None, own, lambda: (self.dense_weight(),))
             y = self.core._conv_forward(x, kernel, self.bias)
             return y
-        batch, _, height, width = x.shape
+        batch, sizes = x.shape[0], x.shape[2:]
         into, out_of = self._sides(way, self.groups)
-        y = _contracted(way[0], x.reshape(batch, self.groups, math.prod(self.s), height * width), into)
-        y = self.core(y.reshape(batch, -1, height, width))
-        height, width = y.shape[2:]
+        y = _contracted(way[0], x.reshape(batch, self.groups, math.prod(self.s), math.prod(sizes)), into)
+        y = self.core(y.reshape(batch, -1, *sizes))
+        sizes = y.shape[2:]
         high = math.prod(self.ranks[2:])
-        y = _contracted(way[1], y.reshape(batch, self.groups, high, height * width), out_of)
-        y = y.reshape(batch, self.out_channels, height, width)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = _contracted(way[1], y.reshape(batch, self.groups, high, math.prod(sizes)), out_of)
+        y = y.reshape(batch, self.out_channels, *sizes)
+        return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * len(sizes))
 
     def dense_weight(self) -> Tensor:
         core = self._per_group(self.core.weight).flatten(3)
         return self._matrix(core).reshape(self.out_channels, -1, *self.kernel_size)
+
+    core: Conv

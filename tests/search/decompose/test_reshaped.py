@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import tensorly
 import torch
@@ -13,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from search.decompose import METHODS, r_cp, r_tucker
 from tenfold.layers import factorized_like
+from tenfold.layers.base import CONVS, Conv
 from tenfold.layers.contracting import TTShape
 from tenfold.layers.reshaped import balanced, cp_shape, cp_way, tucker_way
 
@@ -33,6 +37,10 @@ def reshaped_layers() -> dict[str, Callable[[], nn.Module]]:
         "same": lambda: nn.Conv2d(10, 12, (2, 3), padding="same", dilation=(2, 1)),
         "circular": lambda: nn.Conv2d(10, 12, 3, padding=1, padding_mode="circular"),
         "pointwise": lambda: nn.Conv2d(18, 16, 1),
+        "conv1d": lambda: nn.Conv1d(12, 10, 5, padding=2, stride=2),
+        "conv1d, grouped": lambda: nn.Conv1d(16, 12, 3, padding="same", dilation=2, groups=2, bias=False),
+        "conv3d": lambda: nn.Conv3d(6, 8, (2, 3, 3), padding=1),
+        "conv3d, grouped": lambda: nn.Conv3d(8, 12, (1, 3, 2), padding=(0, 1, 0), stride=(1, 2, 1), groups=2),
         "linear": lambda: nn.Linear(24, 18),
         "wide linear": lambda: nn.Linear(20, 48, bias=False),
     }
@@ -81,9 +89,18 @@ def test_channels_are_split_near_their_square_root(channels: int, pair: tuple[in
 
 @pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
 def test_a_prime_number_of_channels_is_refused_with_the_reason(name: str) -> None:
-    for layer in (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 13, 3), nn.Linear(16, 17), nn.Conv2d(14, 16, 3, groups=2)):
+    convolutions = nn.Conv2d(3, 16, 3), nn.Conv1d(16, 13, 3), nn.Conv3d(14, 16, 3, groups=2)
+    for layer in (*convolutions, nn.Linear(16, 17)):
         assert "prime" in str(METHODS[name].applies_to(layer))
-    assert "Conv3d" in str(METHODS[name].applies_to(nn.Conv3d(16, 16, 3)))
+
+
+@pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(16, 16, 3), nn.Embedding(16, 16)], ids=str)
+def test_other_layers_are_refused_by_their_kind(name: str, layer: nn.Module) -> None:
+    reason = METHODS[name].applies_to(layer)
+    assert reason == f"{name} replaces Linear and convolutions, not {type(layer).__name__}"
+    with pytest.raises(ValueError, match=f"got {type(layer).__name__}"):
+        factorized_like(layer, name, (1,))
 
 
 def parameters(layer: nn.Module, method: str, ranks: tuple[int, ...]) -> int:
@@ -92,13 +109,16 @@ def parameters(layer: nn.Module, method: str, ranks: tuple[int, ...]) -> int:
 
 def test_parameters_are_those_of_the_papers_formulas() -> None:
     conv, linear = nn.Conv2d(64, 128, 3, bias=False), nn.Linear(256, 100, bias=False)
+    volume = nn.Conv3d(64, 128, 3, bias=False)
     assert parameters(conv, "r_cp", (10,)) == 10 * (8 * 8 + 8 * 16 + 9)
+    assert parameters(volume, "r_cp", (10,)) == 10 * (8 * 8 + 8 * 16 + 27)
     assert parameters(linear, "r_cp", (10,)) == 10 * (16 * 10 + 16 * 10)
     assert parameters(conv, "r_tucker", (4, 5, 6, 7)) == 8 * 4 + 8 * 5 + 8 * 6 + 16 * 7 + 9 * 4 * 5 * 6 * 7
+    assert parameters(volume, "r_tucker", (4, 5, 6, 7)) == 8 * 4 + 8 * 5 + 8 * 6 + 16 * 7 + 27 * 4 * 5 * 6 * 7
     assert parameters(linear, "r_tucker", (4, 5, 6, 7)) == 16 * 4 + 16 * 5 + 10 * 6 + 10 * 7 + 4 * 5 * 6 * 7
 
 
-LAYERS_WITH_RATES = [nn.Conv2d(16, 24, 3), nn.Conv2d(16, 24, 3, groups=2), nn.Linear(36, 20)]
+LAYERS_WITH_RATES = [nn.Conv2d(16, 24, 3), nn.Conv3d(16, 24, 3, groups=2), nn.Linear(36, 20)]
 
 
 @pytest.mark.parametrize("layer", LAYERS_WITH_RATES, ids=str)
@@ -187,15 +207,22 @@ def test_a_metric_moves_the_error_away_from_the_outputs_that_count(name: str, st
     assert gap(aimed) < gap(plain)
 
 
-@pytest.mark.parametrize(("name", "batch"), list(product(["r_cp", "r_tucker"], [1, 3, 7])))
-def test_an_exported_layer_takes_any_batch(name: str, batch: int) -> None:
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("name", ["r_cp", "r_tucker"])
+def test_exported_files_take_any_batch(name: str, kind: type[Conv], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(12, 16, 3, padding=1, stride=2)
+    layer = kind(12, 16, 3, padding=1, stride=2, groups=2)
     module = METHODS[name].factorize(layer, METHODS[name].ranks(layer)[5]).module.eval()
+    x = torch.randn(7, 12, *(9, 8, 5)[: len(layer.kernel_size)])
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.export.export(module, (torch.randn(4, 12, 9, 9),), dynamic_shapes=dynamic)
-    x = torch.randn(batch, 12, 9, 9)
-    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-4)
+    program = torch.export.export(module, (x[:4],), dynamic_shapes=dynamic)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (x[:1], x[:3], x):
+        torch.testing.assert_close(program.module()(batch), module(batch), rtol=1e-4, atol=1e-4)
+        (there,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(there), module(batch).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_variational_ranks_have_the_length_of_the_methods_ranks() -> None:
@@ -245,16 +272,19 @@ def test_every_way_of_a_linear_computes_the_same() -> None:
         {"stride": 2, "padding": 1, "groups": 2},
         {"padding": "same", "dilation": 2},
         {"padding": "valid"},
-        {"padding": 1, "padding_mode": "circular", "stride": (1, 2)},
+        {"padding": 1, "padding_mode": "circular", "stride": (2, 1, 2), "bias": False},
     ],
     ids=str,
 )
-def test_every_way_of_a_convolution_computes_the_same(geometry: dict[str, object]) -> None:
+@pytest.mark.parametrize("kind", CONVS)
+def test_every_way_of_a_convolution_computes_the_same(kind: type[Conv], geometry: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(24, 36, 3, **geometry)
-    x = torch.randn(2, 24, 9, 8, dtype=torch.float64)
+    axes = CONVS.index(kind) + 1
+    here = {name: value[:axes] if isinstance(value, tuple) else value for name, value in geometry.items()}
+    layer, sizes = kind(24, 36, (3, 2, 1)[:axes], **here), (9, 8, 5)[:axes]
+    x = torch.randn(2, 24, *sizes, dtype=torch.float64)
     cp = factorized_like(layer, "r_cp", (3,)).double().eval()
-    assert cp.output_sizes((9, 8)) == tuple(cp(x).shape[2:])
+    assert cp.output_sizes(sizes) == tuple(cp(x).shape[2:])
     for order in ("spatial_first", "spatial_last", "dense"):
         torch.testing.assert_close(cp.along(order, x), cp.dense()(x))
     tucker = factorized_like(layer, "r_tucker", (2, 3, 4, 2)).double().eval()
