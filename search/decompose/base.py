@@ -78,6 +78,9 @@ class Method(Protocol):
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         """The lattice of ranks worth trying, all strictly cheaper in parameters than the dense layer."""
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        """Each rank's largest value, at which the form is exact whatever the weight is."""
+
     def cost(
         self,
         layer: nn.Module,

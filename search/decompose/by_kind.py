@@ -27,6 +27,9 @@ class ByKind:
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         return self.form(layer).ranks(layer)
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return self.form(layer).full_ranks(layer)
+
     def cost(
         self,
         layer: nn.Module,

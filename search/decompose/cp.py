@@ -83,9 +83,12 @@ class CP:
         _, out, n = weight.shape
         sizes = self.modes(layer)
         # R (out + in + ...) < out n, strictly.
-        most = min((out * n - 1) // (out + sum(sizes)), _exact_rank(out, *sizes))
+        most = (out * n - 1) // (out + sum(sizes))
         count = RANKS if out * n <= LARGE else LARGE_RANKS
         return tuple((r,) for r in sorted({round(most ** (i / (count - 1))) for i in range(count)}) if r <= most)
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (_exact_rank(geometry(layer)[1].shape[1], *self.modes(layer)),)
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         """No sum of fewer terms has these ranks in both unfoldings."""

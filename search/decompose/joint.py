@@ -138,6 +138,9 @@ class JointMethod(Protocol):
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
         """Ranks worth trying (each grid mode, low, high), all cheaper in parameters than the dense layers together."""
 
+    def full_ranks(self, group: Group) -> tuple[int, ...]:
+        """Each rank's largest value, as ``Method.full_ranks``."""
+
     def cost(
         self,
         group: Group,

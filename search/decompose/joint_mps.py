@@ -67,6 +67,11 @@ class JointMPS:
                         lattice.append((*bonds, low, high))
         return tuple(lattice)
 
+    def full_ranks(self, group: Group) -> tuple[int, ...]:
+        out, in_, taps = group.shape
+        bonds = (math.prod(group.grid[: k + 1]) for k in range(len(group.grid)))
+        return *bonds, min(len(group.layers) * in_, taps * out), out
+
     def cost(
         self,
         group: Group,

@@ -59,6 +59,10 @@ class JointTucker:
                         lattice.append(ranks)
         return tuple(lattice)
 
+    def full_ranks(self, group: Group) -> tuple[int, ...]:
+        out, in_, _ = group.shape
+        return *group.grid, in_, out
+
     def cost(
         self,
         group: Group,

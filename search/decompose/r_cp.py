@@ -70,6 +70,11 @@ class RCP:
         fine, coarse = ranks_between(1, chain, count), ranks_between(chain + 1, most, FEWEST // 2)
         return tuple((r,) for r in (*fine, *coarse))
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        modes = modes_of(layer)
+        sizes = [*(s * t for s, t in zip(modes.s, modes.t, strict=True)), modes.taps]
+        return (math.prod(sizes) // max(sizes),)
+
     def cost(
         self,
         layer: nn.Module,

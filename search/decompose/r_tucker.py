@@ -57,6 +57,10 @@ class RTucker:
         lattice = [(*a, *b) for a in _some(_path(modes.s)) for b in _some(_path(modes.t))]
         return tuple(r for r in lattice if _count(modes, r) < modes.dense)
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        modes = modes_of(layer)
+        return *modes.s, *modes.t
+
     def cost(
         self,
         layer: nn.Module,

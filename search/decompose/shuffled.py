@@ -80,6 +80,9 @@ class ShuffledMethod:
         count = max(FEW, min(POINTS, int(ERROR_MACS / (size * weight.shape[2]))))
         return tuple(every[i] for i in ranks_between(0, len(every) - 1, count))
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return self._full(tensor_modes(geometry(layer)[1].numel()))
+
     def cost(
         self,
         layer: nn.Module,
@@ -160,6 +163,10 @@ class ShuffledMethod:
         """Nested ranks, least first, up to where the form is exact or larger than the tensor."""
         raise NotImplementedError
 
+    def _full(self, modes: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the form is exact."""
+        raise NotImplementedError
+
     def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:
         """Cores for any ranks up to ``highest``, near the task's own tensor."""
         raise NotImplementedError
@@ -172,8 +179,11 @@ class ShuffledTT(ShuffledMethod):
     name, form = "shuffled_tt", TT()
 
     def _rising(self, modes: tuple[int, ...]) -> list[tuple[int, ...]]:
-        exact = [min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
+        exact = self._full(modes)
         return [tuple(min(rank, most) for most in exact) for rank in range(1, max(exact) + 1)]
+
+    def _full(self, modes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes)))
 
     def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:
         train = tt_svd(task.tensor.reshape(-1, 1), task.modes, (1,) * len(task.modes), highest)
@@ -198,6 +208,9 @@ class ShuffledTucker(ShuffledMethod):
             rising.append(tuple(ranks))
         return rising
 
+    def _full(self, modes: tuple[int, ...]) -> tuple[int, ...]:
+        return modes
+
     def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:
         """HOSVD (De Lathauwer et al. 2000): all lower ranks are corners of the whole one."""
         factors = [_leading(_unfolding(task.tensor, k)) for k in range(len(task.modes))]
@@ -217,6 +230,9 @@ class ShuffledCP(ShuffledMethod):
 
     def _rising(self, modes: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [(rank,) for rank in range(1, math.prod(modes) // sum(modes) + 1)]
+
+    def _full(self, modes: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(modes) // max(modes),)
 
     def _starts(self, task: "_Task", highest: Sequence[int]) -> Callable[[Sequence[int]], Cores]:
         """Leading singular vectors of each unfolding, random ones beyond those, and then the usual alternation."""

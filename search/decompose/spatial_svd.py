@@ -63,7 +63,11 @@ class SpatialSVD:
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         rows, columns, c_in, c_out = _sizes(layer)
         dense, step = c_in * c_out * rows * columns, c_in * rows + c_out * columns
-        return tuple((r,) for r in ranks_between(1, min((dense - 1) // step, c_in * rows, c_out * columns), 40))
+        return tuple((r,) for r in ranks_between(1, (dense - 1) // step, 40))
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        rows, columns, c_in, c_out = _sizes(layer)
+        return (min(c_in * rows, c_out * columns),)
 
     def cost(
         self,

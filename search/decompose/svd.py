@@ -53,8 +53,11 @@ class SVD:
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         _, weight = geometry(layer)
         _, out, n = weight.shape
-        # r (out + n) < out n, strictly.
-        return tuple((r,) for r in ranks_between(1, min((out * n - 1) // (out + n), out, n), 60))
+        # r (out + n) < out n, strictly, so that r is below both.
+        return tuple((r,) for r in ranks_between(1, (out * n - 1) // (out + n), 60))
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (min(geometry(layer)[1].shape[1:]),)
 
     def cost(
         self,

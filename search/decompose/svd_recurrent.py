@@ -42,8 +42,13 @@ class RecurrentSVD:
         """Pairs (input, recurrent); the largest of each leaves those matrices whole."""
         weights = named_matrices(_of(layer))
         dense = sum(w.numel() for w in weights.values())
-        axes = [_axis([w for name, w in weights.items() if name.startswith(kind)]) for kind in ("ih", "hh")]
+        axes = [_axis(_of_kind(weights, kind)) for kind in ("ih", "hh")]
         return tuple(p for p in itertools.product(*axes) if _factors(weights, p) < dense)
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, int]:
+        weights = named_matrices(_of(layer))
+        low, state = (max(min(w.shape) for w in _of_kind(weights, kind)) for kind in ("ih", "hh"))
+        return low, state
 
     def cost(
         self,
@@ -139,6 +144,10 @@ def _of(layer: nn.Module) -> nn.RNNBase:
     if not isinstance(layer, RECURRENT):
         raise TypeError(f"expected an LSTM or a GRU, got {type(layer).__name__}")
     return layer
+
+
+def _of_kind(weights: dict[str, Tensor], kind: str) -> list[Tensor]:
+    return [w for name, w in weights.items() if name.startswith(kind)]
 
 
 def _axis(weights: Sequence[Tensor]) -> list[int]:

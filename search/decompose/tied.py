@@ -61,6 +61,9 @@ class Tied:
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
         return self._method.ranks(group.layers[0])
 
+    def full_ranks(self, group: Group) -> tuple[int, ...]:
+        return self._method.full_ranks(group.layers[0])
+
     def cost(
         self,
         group: Group,

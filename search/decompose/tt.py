@@ -80,6 +80,10 @@ class TT:
                 lattice += [(low, middle, high) for high in highs]
         return tuple(lattice)
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        rows, columns, c_in, c_out = conv2d_sizes(layer)
+        return c_in, min(c_in * rows, columns * c_out), c_out
+
     def cost(
         self,
         layer: nn.Module,

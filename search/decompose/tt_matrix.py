@@ -85,8 +85,7 @@ class TTMatrix:
 
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         out_modes, in_modes = self.modes(layer)
-        sizes = [o * i for o, i in zip(out_modes, in_modes, strict=True)]
-        exact = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes))]
+        exact = self.full_ranks(layer)
         groups, weight = geometry(layer)
         dense = weight.numel()
         points = max(FEW, min(POINTS, int(ERROR_MACS / (dense * weight.shape[2]))))
@@ -101,6 +100,10 @@ class TTMatrix:
 
         most = next((rank - 1 for rank in range(1, max(exact) + 1) if not cheaper(rank)), max(exact))
         return tuple(at(rank) for rank in ranks_between(1, most, points))
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        sizes = [o * i for o, i in zip(*self.modes(layer), strict=True)]
+        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
     def cost(
         self,

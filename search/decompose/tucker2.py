@@ -71,6 +71,10 @@ class Tucker2:
             lattice += [(low, high) for high in ranks_between(1, min(most, c_out, low * taps), 2 * IN_RANKS)]
         return tuple(lattice)
 
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        c_out, c_in, _ = _sizes(layer)
+        return c_in, c_out
+
     def cost(
         self,
         layer: nn.Module,
@@ -164,7 +168,10 @@ class SVDInput:
     def ranks(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
         c_out, c_in, taps = _sizes(layer)
         dense = c_out * c_in * taps
-        return tuple((r,) for r in ranks_between(1, min((dense - 1) // (c_in + taps * c_out), c_in), 40))
+        return tuple((r,) for r in ranks_between(1, (dense - 1) // (c_in + taps * c_out), 40))
+
+    def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
+        return (_sizes(layer)[1],)
 
     def cost(
         self,

@@ -124,8 +124,10 @@ class Contract:
     def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
         layer = self.layers[name]()
         x = smooth_input(layer)
+        full = self.m.full_ranks(layer)
+        assert full == type(self).full(layer)
         for statistics in (None, statistics_of(layer, x)):
-            fit = self.m.factorize(layer, type(self).full(layer), statistics)
+            fit = self.m.factorize(layer, full, statistics)
             assert fit.error < 1e-4
             torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
 
@@ -195,6 +197,11 @@ class Contract:
         found = self.m.variational_ranks(layer)
         assert len(found) == len(self.m.ranks(layer)[0])
         assert min(found) >= 1
+
+    def test_no_rank_worth_trying_is_above_what_is_exact(self, name: str) -> None:
+        layer = self.layers[name]()
+        full, *lattice = self.m.full_ranks(layer), *self.m.ranks(layer)
+        assert all(r <= most for ranks in lattice for r, most in zip(ranks, full, strict=True))
 
     def test_gradients_reach_every_factor(self, name: str, plain: FactorizedLayer) -> None:
         plain(smooth_input(self.layers[name](), samples=2)).square().sum().backward()

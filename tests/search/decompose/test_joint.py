@@ -74,8 +74,10 @@ class JointContract:
 
     def test_it_is_exact_at_full_rank(self, name: str, statistics_of: StatisticsOf) -> None:
         group = make(name)
+        full = self.m.full_ranks(group)
+        assert full == type(self).full(group)
         for statistics in (None, known(group, statistics_of)):
-            fit = self.m.factorize(group, type(self).full(group), statistics)
+            fit = self.m.factorize(group, full, statistics)
             assert max(fit.errors) < 1e-4
             for i, (layer, module) in enumerate(zip(group.layers, fit.modules, strict=True)):
                 x = smooth_input(layer, seed=i)

@@ -73,6 +73,7 @@ def full(layer: nn.RNNBase) -> tuple[int, ...]:
 
 
 def test_ranks_that_save_nothing_leave_the_layer_as_it_is(layer: nn.RNNBase) -> None:
+    assert SVD.full_ranks(layer) == full(layer)
     x = sequences(layer)
     fit = SVD.factorize(layer, full(layer), statistics_of(layer, x))
     assert fit.error < 1e-9
