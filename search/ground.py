@@ -161,16 +161,10 @@ def _may_change(spec: JobSpec, site: str) -> bool:
 
 
 def _start_point(site: SiteChoice, plan: SitePlan | None) -> CurvePoint | None:
-    """What the site costs at the stage's start: its point on the curve, or the nearest one that is no larger."""
+    """What the site costs at the stage's start: its point, which a profile puts on the curve."""
     if plan is None or plan.members.keys() != site.members.keys():
         return None
-    curve = site.curves.get(plan.method, ())
-    inside = [
-        p
-        for p in curve
-        if len(p.ranks) == len(plan.ranks) and all(r <= s for r, s in zip(p.ranks, plan.ranks, strict=True))
-    ]
-    return max(inside, key=lambda p: (p.parameters, p.macs), default=None)
+    return next((p for p in site.curves.get(plan.method, ()) if p.ranks == plan.ranks), None)
 
 
 def _below(curve: tuple[CurvePoint, ...], start: CurvePoint | None) -> tuple[CurvePoint, ...]:

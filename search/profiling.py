@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -17,6 +18,7 @@ from search.calibrate import Statistics, collect
 from search.chains import follow
 from search.decompose import AUTO, JOINT_METHODS, METHODS, OF_SEVERAL, group_of, joint_method_of, method_of, same_weight
 from search.errors import BadRequest
+from search.fixed import check_fixed
 from search.groups import find_groups
 from search.layout import Quick
 from search.matrices import matrices, weight_of
@@ -25,7 +27,6 @@ from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.snapping import snapped
 from search.spec import CurvePoint, LayerInfo, Options, Plan, SiteChoice, SitePlan
-from tenfold.layers import members_like, options_reason
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -51,19 +52,19 @@ def methods_of(bench: Bench) -> tuple[str, ...]:
 
 
 def measure_sites(
-    bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, kept: Plan
+    bench: Bench, layers: Sequence[LayerInfo], start: nn.Module, held: Plan
 ) -> tuple[tuple[SiteChoice, ...], tuple[SiteChoice, ...]]:
     """The choices of every layer that may change, and of the groups that may be decomposed together, on the ``start``
     network of a stage (dense layers throughout).
 
-    ``kept``: what the stage's network has already, and what is fixed; those points are on the curves too, so that
-    costs can be told exactly. Raises BadRequest when no layer may change, or a fixed plan does not fit its layer.
+    ``held``: what the stage's network has already. Its points, and those of the plans that are fixed, are on the curves
+    whatever the lattice tries, with their own costs and errors. Raises BadRequest when no layer may change, or a fixed
+    plan does not fit its layer.
     """
     fixed = bench.spec.layers.fixed
+    kept = {**held, **fixed}
     ties = same_weight(start, [layer.name for layer in layers])
-    for site, chosen in fixed.items():
-        _check_fixed(site, chosen, start)
-        _check_ties(site, chosen, ties)
+    check_fixed(fixed, start, ties)
     alone = [m for m in methods_of(bench) if m in METHODS]
     given = {name for site, chosen in fixed.items() for name in chosen.members or (site,)}
     wanted: dict[str, LayerInfo] = {}
@@ -85,20 +86,22 @@ def measure_sites(
             own = {kept[name].method, *alone} if name in kept else set(alone)
             if any(name in tie for tie in ties):
                 own = set()
-            choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), kept, multiple)
+            entry = _Given.of(name, kept, held)
+            choice = _choice(wanted[name], start, sorted(own), statistics[name], importance.get(name), entry, multiple)
             if choice.curves:
                 found[name] = probe.measure(choice, statistics[name], len(wanted))
             elif name in together:
                 # No method of its own may be used; what an error here does to the loss must still be known.
                 usual = [_usual(start.get_submodule(name))]
-                choice = _choice(wanted[name], start, usual, statistics[name], importance.get(name), {})
+                choice = _choice(wanted[name], start, usual, statistics[name], importance.get(name), None)
                 found[name] = probe.measure(choice, statistics[name], len(wanted)).model_copy(update={"curves": {}})
     joint = []
     for position, (name, (members, methods)) in enumerate(groups.items()):
         bench.report(f"profiling {name}", position, len(groups))
         statistics = collect(start, list(members), bench.calibration)
+        entry = _Given.of(name, kept, held)
         joint.append(
-            _group_choice(name, members, methods, wanted, start, statistics, importance, found, kept, multiple)
+            _group_choice(name, members, methods, wanted, start, statistics, importance, found, entry, multiple)
         )
     used = tuple(choice for choice in joint if choice.curves)
     members_of_used = {name for choice in used for name in choice.members}
@@ -151,7 +154,7 @@ def _group_choice(
     statistics: Mapping[str, Statistics],
     importance: Mapping[str, Tensor],
     alone: Mapping[str, SiteChoice],
-    kept: Plan,
+    given: "_Given | None",
     multiple: int,
 ) -> SiteChoice:
     """Curves of the methods of several layers.
@@ -166,7 +169,7 @@ def _group_choice(
     metrics = [importance.get(n) for n in group.names]
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
-    options = _options(kept.get(name))
+    options = given.options if given else {}
     for method_name in methods:
         method = joint_method_of(method_name, options.get(method_name, {}))
         curve = method.curve(group, known, positions, metrics=metrics)
@@ -174,10 +177,12 @@ def _group_choice(
             price = partial(method.cost, group, output_positions=positions, input_sizes=[s.input_sizes for s in known])
             grid = len(group.grid) if method_name in JOINT_METHODS else 0
             curve = snapped(curve, multiple, price, group.dense(positions), grid=grid)
-        if name in kept and kept[name].method == method_name:
-            ranks = kept[name].ranks
+        if given and given.entry.method == method_name:
+            ranks, errors = given.entry.ranks, (0.0,) * len(group.names)
             cost = method.cost(group, ranks, positions, input_sizes=[s.input_sizes for s in known])
-            curve = _with_start(curve, ranks, cost, len(group.names))
+            if not given.held:
+                errors = method.factorize(group, ranks, known, metrics=metrics).errors
+            curve = _with_point(curve, ranks, cost, sum(errors) / len(errors), errors)
         if curve:
             curves[method_name] = tuple(_with_rise(p, [alone[n] for n in group.names]) for p in curve)
             evbmf[method_name] = method.variational_ranks(group)
@@ -205,14 +210,14 @@ def _choice(
     methods: Sequence[str],
     statistics: Statistics,
     importance: Tensor | None,
-    kept: Plan,
+    given: "_Given | None",
     multiple: int = 1,
 ) -> SiteChoice:
     layer = network.get_submodule(info.name)
     positions = _positions(info, layer)
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
-    options = _options(kept.get(info.name))
+    options = given.options if given else {}
     for name in methods:
         method = method_of(name, options.get(name, {}))
         if method.applies_to(layer) is not None:
@@ -223,10 +228,11 @@ def _choice(
             # Of these, a curve may hold points that save parameters alone: it has compared their MACs.
             macs = math.inf if isinstance(layer, (nn.Embedding, *RECURRENT)) else info.macs
             curve = snapped(curve, multiple, price, (info.parameters, macs))
-        if info.name in kept and kept[info.name].method == name:
-            ranks = kept[info.name].ranks
+        if given and given.entry.method == name:
+            ranks = given.entry.ranks
             cost = method.cost(layer, ranks, positions, input_sizes=statistics.input_sizes)
-            curve = _with_start(curve, ranks, cost)
+            error = 0.0 if given.held else method.factorize(layer, ranks, statistics, metric=importance).error
+            curve = _with_point(curve, ranks, cost, error)
         if curve:
             curves[name] = curve
             evbmf[name] = method.variational_ranks(layer)
@@ -240,19 +246,35 @@ def _choice(
     )
 
 
-def _options(kept: SitePlan | None) -> dict[str, Options]:
-    """By method, of what a site has already."""
-    return {kept.method: kept.options} if kept and kept.options else {}
+@dataclass(frozen=True)
+class _Given:
+    """What replaces a site whatever the search finds."""
+
+    entry: SitePlan
+    held: bool
+    """The stage's network has it already: its weight is of just these ranks, so that they lose nothing."""
+
+    @classmethod
+    def of(cls, site: str, kept: Plan, held: Plan) -> "_Given | None":
+        return cls(kept[site], held.get(site) == kept[site]) if site in kept else None
+
+    @property
+    def options(self) -> dict[str, Options]:
+        """By method."""
+        return {self.entry.method: self.entry.options} if self.entry.options else {}
 
 
-def _with_start(
-    curve: tuple[CurvePoint, ...], ranks: tuple[int, ...], cost: tuple[int, int], members: int = 0
+def _with_point(
+    curve: tuple[CurvePoint, ...],
+    ranks: tuple[int, ...],
+    cost: tuple[int, int],
+    error: float,
+    errors: tuple[float, ...] = (),
 ) -> tuple[CurvePoint, ...]:
-    """The curve with the stage's own starting point on it, which is exact: its weight has just these ranks."""
-    if any(p.ranks == ranks for p in curve):
-        return curve
-    start = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=0.0, errors=(0.0,) * members)
-    return tuple(sorted((*curve, start), key=lambda p: (p.parameters, p.macs)))
+    """The curve with these ranks on it, in place of what it may have estimated for them."""
+    point = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=error, errors=errors)
+    others = (p for p in curve if p.ranks != ranks)
+    return tuple(sorted((*others, point), key=lambda p: (p.parameters, p.macs)))
 
 
 def _importance(network: nn.Module) -> dict[str, Tensor]:
@@ -366,77 +388,6 @@ def _usual(layer: nn.Module) -> str:
 def _may_change(bench: Bench, name: str) -> bool:
     layers = bench.spec.layers
     return any(fnmatchcase(name, p) for p in layers.include) and not any(fnmatchcase(name, p) for p in layers.exclude)
-
-
-def _check_fixed(site: str, chosen: SitePlan, network: nn.Module) -> None:
-    if reason := options_reason(chosen.method, chosen.options):
-        raise BadRequest("unknown_option", f"layers.fixed: {site}: {reason}")
-    if chosen.members:
-        _check_fixed_group(site, chosen, network)
-        return
-    try:
-        layer = network.get_submodule(site)
-    except AttributeError:
-        raise BadRequest("unknown_site", f"layers.fixed names {site!r}, which is no layer of this network") from None
-    name = chosen.method
-    if name not in METHODS:
-        raise BadRequest("unknown_method", f"layers.fixed: {site}: no method {name!r}; there are {sorted(METHODS)}")
-    method = method_of(name, chosen.options)
-    reason = method.applies_to(layer)
-    if reason is not None:
-        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {name} does not apply: {reason}")
-    lattice = method.ranks(layer)
-    most = tuple(max(ranks) for ranks in zip(*lattice, strict=True))
-    fits = len(chosen.ranks) == len(most) and all(rank <= top for rank, top in zip(chosen.ranks, most, strict=True))
-    if not fits or method.cost(layer, chosen.ranks, 1)[0] >= sum(p.numel() for p in layer.parameters()):
-        raise BadRequest(
-            "bad_rank",
-            f"layers.fixed: {site}: {name} takes {len(most)} ranks of at most {list(most)} that together make the "
-            f"layer smaller, got {list(chosen.ranks)}",
-        )
-
-
-def _check_fixed_group(site: str, chosen: SitePlan, network: nn.Module) -> None:
-    name = chosen.method
-    try:
-        group = group_of(network, chosen.members)
-    except AttributeError as error:
-        raise BadRequest(
-            "unknown_site", f"layers.fixed: {site}: a member is no layer of this network: {error}"
-        ) from None
-    if name not in OF_SEVERAL:
-        raise BadRequest(
-            "unknown_method",
-            f"layers.fixed: {site}: no method {name!r} of several layers; there are {sorted(OF_SEVERAL)}",
-        )
-    method = joint_method_of(name, chosen.options)
-    if reason := method.applies_to(group):
-        raise BadRequest("method_does_not_apply", f"layers.fixed: {site}: {name} does not apply: {reason}")
-    none = [0] * len(group.layers)
-    try:
-        layers = dict(zip(group.names, group.layers, strict=True))
-        members_like(layers, name, chosen.ranks, chosen.members, chosen.options)
-        smaller = method.cost(group, chosen.ranks, none)[0] < group.dense(none)[0]
-        problem = "" if smaller else "these would not make the layers smaller"
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        takes = f"a rank for each mode of the grid {list(group.grid)}, then two for the channels"
-        if name in METHODS:
-            takes = f"ranks like {list(method.ranks(group)[-1])} or smaller"
-        raise BadRequest("bad_rank", f"layers.fixed: {site}: {name} takes {takes}, got {list(chosen.ranks)}: {problem}")
-
-
-def _check_ties(site: str, chosen: SitePlan, ties: Sequence[tuple[str, ...]]) -> None:
-    """A weight that stays in one layer saves nothing in another."""
-    layers = {*(chosen.members or (site,))}
-    for tie in ties:
-        if layers.intersection(tie) and not layers.issuperset(tie):
-            raise BadRequest(
-                "shared_weight",
-                f"layers.fixed: {site} replaces {sorted(layers)}, but {list(tie)} hold one weight: give one site with "
-                "all of them as its members, placed [0], [1] ..",
-            )
 
 
 def _nothing_to_do(bench: Bench, layers: Sequence[LayerInfo]) -> BadRequest:

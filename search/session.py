@@ -111,14 +111,13 @@ class Session:
         blind = baseline.blind_value(bench.metric, bench.data.select.targets())
         baseline.check_baseline(budget, bench.metric, original, bench.on_verify, blind)
         start: nn.Module = bench.original
-        kept: Plan = dict(bench.spec.layers.fixed)
+        held: Plan = {}
         value = original.value
         if parent is not None:
-            compressed, plan = read_weights(bench.original, parent)
-            kept = {**plan, **kept}
+            compressed, held = read_weights(bench.original, parent)
             value = bench.select(compressed).value
             start = dense_of(compressed)
-        sites, groups = profiling.measure_sites(bench, self._layer_table(), start, kept)
+        sites, groups = profiling.measure_sites(bench, self._layer_table(), start, held)
         parameters, macs, stored = bench.original_costs
         dense_ms = trial.measure_latency(bench, bench.original).dense_ms
         return Profile(

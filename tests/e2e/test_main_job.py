@@ -44,6 +44,26 @@ def test_every_point_of_the_front_can_be_had(finished) -> None:
     assert len(set(costs)) == len(costs)
 
 
+def test_a_layer_with_given_ranks_shows_what_they_lose(running) -> None:
+    """Ranks that no curve offers, for fewer parameters with less error are to be had."""
+    with running.client() as client:
+        job = client.submit(
+            running.folder / "digits.pt2",
+            running.folder / "digits.npz",
+            max_drop=0.9,
+            data_spec=DATA_SPEC,
+            methods=["svd"],
+            layers={"include": ["classifier.*"], "fixed": {"features.3": {"method": "tucker2", "ranks": [30, 12]}}},
+            search={"trials": 1, "calibration_samples": 256},
+            fine_tune={"epochs": 0, "short_epochs": 0},
+            export=["safetensors"],
+        ).wait(240)
+        given = next(layer for layer in job.layers if layer["name"] == "features.3")
+    assert (given["method"], given["ranks"]) == ("tucker2", [30, 12])
+    assert given["parameters_after"] == 30 * 32 + 30 * 9 * 12 + 12 * 64
+    assert 0.01 < given["error"] < 1
+
+
 def test_an_unknown_key_is_told_so(running) -> None:
     with tenfold.Client(running.url, "tf_wrong") as client, pytest.raises(NotAuthenticated, match="key"):
         list(client.jobs())

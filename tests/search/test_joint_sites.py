@@ -317,6 +317,10 @@ def test_groups_and_their_plans_may_be_given(uploads: Uploads, tmp_path: Path) -
     assert [group.site for group in ground.groups] == ["second"]
     assert ground.base == fixed
     assert {site.site for site in ground.sites} == {"stage.1.conv1", "stage.1.conv2"}
+    point = next(p for p in profile.groups[0].curves["joint_tucker"] if p.ranks == (2, 6, 6))
+    assert point.error == pytest.approx(sum(point.errors) / 2)
+    assert min(point.errors) > 0.01
+    assert predicted(fixed, profile.sites, profile.groups)[2] == point.rise > 0
 
 
 @pytest.mark.parametrize(

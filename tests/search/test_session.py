@@ -1,8 +1,10 @@
 """A job's science end to end, as the compute process asks it: profile, trials, refining, export, a second stage."""
 
+import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from search import latency, reload, trial
-from search.allocate import allocate
+from search.allocate import allocate, point_rise, predicted
 from search.bench import Bench, read_weights
+from search.decompose import method_of
 from search.errors import BadBaseline, BadRequest
+from search.fixed import check_fixed
 from search.ground import ground_of
 from search.latency import Latency
+from search.reconstruct import reconstruct
 from search.session import Session, inspect_data, inspect_model
 from search.spec import (
     Budget,
@@ -46,6 +51,8 @@ from search.spec import (
 from tenfold import exporting
 from tenfold.applying import apply
 from tenfold.layers.chains import LowRankLinear
+
+from .decompose.contract import true_error
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -299,6 +306,44 @@ def test_a_fixed_layer_has_the_modes_it_was_given_in_every_file(uploads: Uploads
     assert ground_of(session.bench.spec, again, plan).costs({}) == (result.costs.parameters, result.costs.macs)
 
 
+def inputs_of(network: nn.Module, name: str, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    seen: list[Tensor] = []
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for batch in batches:
+            network(*batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def test_a_fixed_layer_off_its_curve_has_its_own_error(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
+    """What its outputs lose on the calibration data, in the total that is predicted too."""
+    fixed = {
+        "conv2": SitePlan(method="tucker2", ranks=(9, 5)),
+        "fc1": SitePlan(method="tt_matrix", ranks=(5, 20), options=MODES),
+    }
+    offered = {site.site: site.curves for site in job.profile.sites}
+    assert all(point.ranks != fixed["conv2"].ranks for point in offered["conv2"]["tucker2"])
+    assert fixed["fc1"].ranks[1] > max(ranks[1] for ranks in method_of("tt_matrix", MODES).ranks(Digits().fc1))
+    spec = JOB.model_copy(update={"layers": Layers(include=("fc2",), fixed=fixed), "methods": ("svd",)})
+    session = opened(uploads, tmp_path / "scratch", spec)
+    profile = session.profile(0, None)
+    plan = ground_of(spec, profile, None).complete({})
+    original, batches = session.bench.original, session.bench.calibration
+    compressed = reconstruct(original, original, plan, lambda: batches, sequential=False)
+    points = {}
+    for site in (site for site in profile.sites if site.site in fixed):
+        entry = fixed[site.site]
+        points[site.site] = next(p for p in site.curves[entry.method] if p.ranks == entry.ranks)
+        before, after = (copy.deepcopy(n.get_submodule(site.site)) for n in (original, compressed))
+        lost = true_error(before, after, inputs_of(original, site.site, batches))
+        assert points[site.site].error == pytest.approx(lost, rel=0.02)
+        assert lost > 0.01
+    total = sum(point_rise(site, points[site.site]) for site in profile.sites if site.site in points)
+    assert predicted(plan, profile.sites)[2] == pytest.approx(total)
+    assert total > 0
+
+
 def test_rounded_files_are_measured_by_themselves(uploads: Uploads, job: Opened, tmp_path: Path) -> None:
     """Also int8 of so small a network is near it; a clean process finds what the report says."""
     session = opened(uploads, tmp_path / "scratch", JOB.model_copy(update={"storage": tuple(Storage)}))
@@ -505,6 +550,23 @@ def test_a_fixed_method_that_does_not_fit_is_refused(uploads: Uploads, tmp_path:
 )
 def test_a_fixed_plan_that_cannot_be_is_refused(uploads: Uploads, tmp_path: Path, plan: SitePlan, code: str) -> None:
     assert failing_profile(uploads, tmp_path, layers=Layers(fixed={"fc1": plan})) == code
+
+
+@pytest.mark.parametrize(
+    ("site", "method", "ranks", "said"),
+    [
+        ("fc1", "svd", (2, 2), "the ranks [2, 2]: it takes 1 here; give for example [56]"),
+        ("fc1", "svd", (60,), "the ranks [60]: 34,624 parameters would replace 32,832; give for example [56]"),
+        ("conv2", "tucker2", (17, 4), "the ranks [17, 4]: at [16, 32] it is exact here, and no rank can be higher"),
+    ],
+)
+def test_refused_ranks_say_why_and_what_would_do(site: str, method: str, ranks: tuple[int, ...], said: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        check_fixed({site: SitePlan(method=method, ranks=ranks)}, Digits(), ())
+    assert refused.value.code == "bad_rank"
+    assert f"layers.fixed: {site}: {method} was given {said}" in str(refused.value)
+    example = json.loads(str(refused.value).rpartition("example ")[2])
+    check_fixed({site: SitePlan(method=method, ranks=tuple(example))}, Digits(), ())
 
 
 def test_only_included_layers_and_methods_are_profiled(uploads: Uploads, tmp_path: Path) -> None:
