@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from search import cost
-from search.decompose import METHODS, OF_SEVERAL, group_of, same_weight
+from search.decompose import METHODS, group_of, joint_method_of, same_weight
 from search.intake import LiftedModel
 from search.recurrent import RECURRENT
 from search.spec import LayerInfo, ModelInfo
@@ -118,7 +118,7 @@ def _reason(module: nn.Module) -> str:
 def _reason_of_tied(network: nn.Module, names: Sequence[str]) -> str:
     """Why nothing can replace layers that hold one weight; empty when some method can."""
     group = group_of(network, {name: (position,) for position, name in enumerate(names)})
-    reasons = [method.applies_to(group) for name, method in OF_SEVERAL.items() if name in METHODS]
+    reasons = [joint_method_of(name, {}).applies_to(group) for name in METHODS]
     return "" if any(r is None for r in reasons) else next(r for r in reasons if r)
 
 

@@ -16,7 +16,7 @@ from search.allocate import expected_rise
 from search.bench import Bench
 from search.calibrate import Statistics, collect
 from search.chains import follow
-from search.decompose import AUTO, JOINT_METHODS, METHODS, OF_SEVERAL, group_of, joint_method_of, method_of, same_weight
+from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of, joint_method_of, method_of, same_weight
 from search.errors import BadRequest
 from search.fixed import check_fixed
 from search.groups import find_groups
@@ -139,7 +139,7 @@ def _groups_wanted(
         if fits and name not in found and taken.isdisjoint(members):
             found[name] = members, methods
     able_to = {
-        name: tuple(m for m in methods if OF_SEVERAL[m].applies_to(group_of(start, members)) is None)
+        name: tuple(m for m in methods if joint_method_of(m, {}).applies_to(group_of(start, members)) is None)
         for name, (members, methods) in found.items()
     }
     return {name: (members, able_to[name]) for name, (members, _) in found.items() if able_to[name]}

@@ -356,7 +356,8 @@ class _Walk:
     ) -> nn.Module:
         module: nn.Module
         if site in self.shared:
-            module, joint = self.shared[site], OF_SEVERAL[self.plan[site].method]
+            module, entry = self.shared[site], self.plan[site]
+            joint = joint_method_of(entry.method, entry.options)
             self.errors[site] = joint.refit(self.shared[site], layer, statistics, metric=target.metric)
         elif site in self.plan:
             module = self._factors(site, layer, statistics, target.metric, start)

@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
 JOINT_METHODS: dict[str, JointMethod] = {m.name: m for m in (JointTucker(), JointMPS())}
 """Every method of several layers by its name."""
 
-OF_SEVERAL: dict[str, JointMethod] = {**JOINT_METHODS, **{name: Tied(method) for name, method in METHODS.items()}}
+OF_SEVERAL: tuple[str, ...] = (*JOINT_METHODS, *METHODS)
 """What may replace a site of several layers: a joint method, or one of ``METHODS`` where they hold one weight."""
 
 
@@ -50,7 +50,7 @@ def method_of(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def joint_method_of(name: str, options: Mapping[str, Any]) -> JointMethod:
-    """Likewise of several layers."""
+    """Likewise of several layers: one of ``OF_SEVERAL``."""
     return Tied(method_of(name, options)) if name in METHODS else JOINT_METHODS[name]
 
 

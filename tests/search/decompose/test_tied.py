@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from search import cost
 from search.calibrate import Statistics, collect
-from search.decompose import METHODS, OF_SEVERAL, Group, joint_method_of, same_weight
+from search.decompose import METHODS, Group, joint_method_of, same_weight
 from tenfold.layers import LowRankEmbedding, LowRankHead, members_like
 
 from .conftest import smooth_input
@@ -66,7 +66,7 @@ EACH = pytest.mark.parametrize(("method", "make"), CASES, ids=lambda v: v if isi
 
 @EACH
 def test_factors_are_the_same_tensors_and_counted_once(method: str, make: Callable[[], Group]) -> None:
-    of, tied = make(), OF_SEVERAL[method]
+    of, tied = make(), joint_method_of(method, {})
     assert tied.applies_to(of) is None
     ranks = tied.ranks(of)[-1]
     fit = tied.factorize(of, ranks, known(of))
@@ -86,10 +86,10 @@ def test_factors_are_the_same_tensors_and_counted_once(method: str, make: Callab
 def test_a_bias_that_is_one_stays_one() -> None:
     of = group(nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(8, 10, 3, padding=2, dilation=2))
     of.layers[1].bias = of.layers[0].bias
-    fit = OF_SEVERAL["svd"].factorize(of, (3,), known(of))
+    fit = joint_method_of("svd", {}).factorize(of, (3,), known(of))
     assert fit.modules[0].output_bias is fit.modules[1].output_bias
     whole = nn.ModuleList(fit.modules)
-    assert OF_SEVERAL["svd"].cost(of, (3,), positions(of))[0] == sum(p.numel() for p in whole.parameters())
+    assert joint_method_of("svd", {}).cost(of, (3,), positions(of))[0] == sum(p.numel() for p in whole.parameters())
 
 
 def test_given_modes_are_those_of_every_member() -> None:
@@ -105,7 +105,7 @@ def test_given_modes_are_those_of_every_member() -> None:
 @EACH
 def test_gradients_reach_the_factors_from_every_use(method: str, make: Callable[[], Group]) -> None:
     of = make()
-    fit = OF_SEVERAL[method].factorize(of, OF_SEVERAL[method].ranks(of)[-1], None)
+    fit = joint_method_of(method, {}).factorize(of, joint_method_of(method, {}).ranks(of)[-1], None)
     factors = [p for p in fit.modules[0].parameters() if p is not fit.modules[0].output_bias]
     for module, x in zip(fit.modules, inputs(of), strict=True):
         nn.Module.zero_grad(module)
@@ -116,8 +116,8 @@ def test_gradients_reach_the_factors_from_every_use(method: str, make: Callable[
 @EACH
 def test_stated_errors_are_those_of_the_outputs(method: str, make: Callable[[], Group]) -> None:
     of = make()
-    lattice = OF_SEVERAL[method].ranks(of)
-    fit = OF_SEVERAL[method].factorize(of, lattice[len(lattice) // 2], known(of))
+    lattice = joint_method_of(method, {}).ranks(of)
+    fit = joint_method_of(method, {}).factorize(of, lattice[len(lattice) // 2], known(of))
     for layer, module, x, error in zip(of.layers, fit.modules, inputs(of), fit.errors, strict=True):
         with torch.no_grad():
             y, z = (m(x).double() for m in (layer, module))
@@ -135,7 +135,7 @@ def test_it_is_exact_at_full_rank(make: Callable[[], Group]) -> None:
     of = make()
     full = min(of.shape[0], of.shape[1] * of.shape[2])
     for statistics in (None, known(of)):
-        fit = OF_SEVERAL["svd"].factorize(of, (full,), statistics)
+        fit = joint_method_of("svd", {}).factorize(of, (full,), statistics)
         assert max(fit.errors) < 1e-5
         for layer, module, x in zip(of.layers, fit.modules, inputs(of), strict=True):
             torch.testing.assert_close(module(x), layer(x), rtol=1e-2, atol=1e-2)
@@ -152,7 +152,7 @@ def test_the_fit_is_to_all_uses_not_to_the_first() -> None:
         collect(nn.Sequential(layer), ["0"], [(x,)], samples=1)["0"]
         for layer, x in zip(of.layers, (low, high), strict=True)
     ]
-    both = OF_SEVERAL["svd"].factorize(of, (5,), seen)
+    both = joint_method_of("svd", {}).factorize(of, (5,), seen)
     first = METHODS["svd"].factorize(of.layers[0], (5,), seen[0]).module
     with torch.no_grad():
         gap = [(layer(x) - m(x)) for layer, m, x in ((of.layers[0], first, low), (of.layers[1], first, high))]
@@ -167,7 +167,7 @@ def test_a_language_models_factors_are_the_weighted_low_rank_approximation() -> 
     """Against numpy: alternating weighted least squares, entry by entry, from several starts."""
     of = language_model()
     seen = known(of)
-    fit = OF_SEVERAL["svd"].factorize(of, (4,), seen)
+    fit = joint_method_of("svd", {}).factorize(of, (4,), seen)
     w = of.layers[0].weight.detach().double().numpy()
     parts = []
     for layer, s in zip(of.layers, seen, strict=True):
@@ -200,7 +200,7 @@ def _solved(wanted: np.ndarray, weights: np.ndarray, factor: np.ndarray) -> np.n
 
 @EACH
 def test_a_curve_falls_and_a_fit_is_no_worse_than_its_point(method: str, make: Callable[[], Group]) -> None:
-    of, tied = make(), OF_SEVERAL[method]
+    of, tied = make(), joint_method_of(method, {})
     seen, dense = known(of), of.dense(positions(of))
     curve = tied.curve(of, seen, positions(of))
     assert 0 < len(curve) <= 60
@@ -234,9 +234,9 @@ def test_layers_of_one_weight_are_found() -> None:
 
 def test_what_cannot_be_tied_says_why() -> None:
     apart = Group(("a", "b"), (nn.Linear(8, 8), nn.Linear(8, 8)), (2,))
-    assert "their own" in str(OF_SEVERAL["svd"].applies_to(apart))
-    assert "Embedding" in str(OF_SEVERAL["tt_matrix"].applies_to(language_model()))
-    assert "hold one weight" in str(OF_SEVERAL["joint_tucker"].applies_to(linears()))
+    assert "their own" in str(joint_method_of("svd", {}).applies_to(apart))
+    assert "Embedding" in str(joint_method_of("tt_matrix", {}).applies_to(language_model()))
+    assert "hold one weight" in str(joint_method_of("joint_tucker", {}).applies_to(linears()))
     with pytest.raises(ValueError, match="hold one weight"):
         members_like({"a": nn.Linear(8, 8), "b": nn.Linear(8, 6)}, "svd", (2,), {"a": (0,), "b": (1,)})
     with pytest.raises(ValueError, match="svd replaces"):
