@@ -12,15 +12,17 @@ from torch import Tensor, fx, nn
 
 from search import checkpoints, cost
 from search.baseline import seen_before
+from search.curvature import output_curvature
 from search.data import Data
 from search.data.split import evenly
 from search.intake import LiftedModel
 from search.layout import arranged
-from search.metrics import Evaluation, Samples, evaluate, higher_is_better, outputs
+from search.metrics import Evaluation, Samples, evaluate, forward, higher_is_better, outputs
 from search.spec import JobSpec, Metric, Plan, SitePlan, Task
 from search.tally import TALLIED
 from search.tune import Runtime
 from tenfold.applying import apply, untrained
+from tenfold.layers.base import CONVS, TRANSPOSED
 
 __all__ = ["Bench", "Report", "read_weights", "sketched"]
 
@@ -29,6 +31,10 @@ Report = Callable[[str, float, float], None]
 LATENCY_BATCH = 32
 """Samples in the batch whose latency is measured, where the network takes any."""
 CALIBRATION_BATCH = 128
+WEIGHED = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
+"""Layers whose outputs' errors are weighed by what they do to the answer."""
+GRADIENT_BATCH = 32
+"""Samples whose gradients are taken together: all values inside are kept until then."""
 GLANCE_ROWS = 1000
 """Of the select split, to see whether a variant is worth the whole of it."""
 
@@ -61,6 +67,21 @@ class Bench:
             inputs = next(iter(self.data.train.batches(size)))[0]
             batches = [tuple(torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in inputs)]
         return arranged(self.original, batches)
+
+    @cached_property
+    def curvature(self) -> dict[str, Tensor]:
+        """What errors at the outputs of the original's layers do to its answer."""
+        self.report("measuring what errors cost", 0, 1)
+        runtime = self.runtime
+        step = runtime.fixed_batch or GRADIENT_BATCH
+        return output_curvature(
+            self.original.eval(),
+            (parts for inputs in self.calibration for parts in zip(*(x.split(step) for x in inputs), strict=True)),
+            lambda network, inputs: forward(network, inputs, runtime.fixed_batch, runtime.answer),
+            [name for name, module in self.original.named_modules() if isinstance(module, WEIGHED)],
+            classes=self.classes,
+            seed=self.spec.search.seed,
+        )
 
     @cached_property
     def example(self) -> tuple[Tensor, ...]:

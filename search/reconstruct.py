@@ -21,6 +21,7 @@ from search.calibrate import RecurrentMoments, Statistics, collect, moments_of
 from search.chains import follow, schedule
 from search.decompose import METHODS, OF_SEVERAL, group_of, joint_method_of, method_of
 from search.decompose.base import problems
+from search.decompose.outputs import fit_weighed
 from search.errors import BadRequest
 from search.matrices import matrices, weight_from, weight_of
 from search.norms import NORMS, affine, blend, recalibrate_batch_norm, typed
@@ -347,7 +348,7 @@ class _Walk:
     ) -> nn.Module:
         entry = self.plan[site]
         method = method_of(entry.method, entry.options)
-        fit = method.factorize(layer, entry.ranks, statistics, metric=metric, start=start)
+        fit = fit_weighed(method, layer, entry.ranks, statistics, metric, start)
         self.errors[site] = fit.error
         return fit.module
 
@@ -358,7 +359,8 @@ class _Walk:
         if site in self.shared:
             module, entry = self.shared[site], self.plan[site]
             joint = joint_method_of(entry.method, entry.options)
-            self.errors[site] = joint.refit(self.shared[site], layer, statistics, metric=target.metric)
+            metric = target.metric if target.metric is None or target.metric.dim() == 1 else target.metric.diagonal()
+            self.errors[site] = joint.refit(self.shared[site], layer, statistics, metric=metric)
         elif site in self.plan:
             module = self._factors(site, layer, statistics, target.metric, start)
         else:

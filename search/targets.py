@@ -49,8 +49,8 @@ class Options:
     """Dense layers outside the plan that may be refitted too (their size stays)."""
     batch_norm: float = 0.0
     """0 keeps the original's running statistics, 1 takes the compressed network's own, between: a mixture."""
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    """Site to (out,) weights of its outputs' squared errors, instead of a following batch norm's scale."""
+    curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    """Site to the weights of its outputs' errors, (out, out) or (out,), behind a batch norm that follows it."""
     rows: int = ROWS
     """Rows drawn for each column of a layer's matrix."""
     memory_bytes: int = 4 << 30
@@ -71,8 +71,9 @@ class Values(Protocol):
 class Target:
     """The outputs wanted of one site at the rows drawn for it.
 
-    ``metric``: (out,) weights of the outputs' squared errors, or None. ``takes_mean``: whether a bias or a batch norm
-    takes up the mean. ``shift``: what a layer without bias lacks in the mean, set at each fit.
+    ``metric``: weights of the outputs' errors, (out, out), or of their squares, (out,), or None. ``takes_mean``:
+    whether a bias or a batch norm takes up the mean. ``shift``: what a layer without bias lacks in the mean, set at
+    each fit.
     """
 
     def __init__(self, values: Values, node: fx.Node, site: str, layer: nn.Module) -> None:
@@ -90,9 +91,7 @@ class Target:
         if chain.norm is not None:
             self._norms = values.original.get_submodule(chain.norm), values.network.get_submodule(chain.norm)
         self.takes_mean = bias_of(layer) is not None or self._norms is not None
-        self.metric = options.importance.get(site)
-        if self.metric is None and self._norms is not None:
-            self.metric = affine(self._norms[1])[0].square()
+        self.metric = self._metric(options.curvature.get(site))
         self._layer = layer
         self._rows = Rows(layer, sum(len(v) for v in y), rows=options.rows)
         self._index = [self._rows.draw(v, seed) for seed, v in enumerate(y)]
@@ -117,6 +116,17 @@ class Target:
         # A channel that batch norm scales to nothing has no say: its target stays the original's.
         self._dead = self._scale.abs() < 1e-6
         self._safe = torch.where(self._dead, 1.0, self._scale)
+
+    def _metric(self, curvature: Tensor | None) -> Tensor | None:
+        """``curvature`` behind the norm as it is before it."""
+        if self._norms is None:
+            return curvature
+        scale = affine(self._norms[1])[0].double().abs()
+        if curvature is None or curvature.dim() == 1:
+            return scale.square() if curvature is None else scale.square() * curvature
+        scale = scale.clamp_min(1e-3 * float(scale.max()))  # one of zero would leave its output undetermined
+        signed = scale * torch.where(affine(self._norms[1])[0] < 0, -1.0, 1.0)
+        return signed[:, None] * curvature * signed
 
     def _pick(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [self._rows.outputs(v, i) for v, i in zip(values, self._index, strict=True)]

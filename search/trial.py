@@ -22,7 +22,7 @@ from search.export import save_weights
 from search.latency import Latency
 from search.layout import channels_last
 from search.metrics import Evaluation, drop, higher_is_better, paired_interval
-from search.reconstruct import recalibrate_batch_norm, reconstruct
+from search.reconstruct import Options, recalibrate_batch_norm, reconstruct
 from search.schedule import train
 from search.spec import (
     LEARNING_RATE_SCALE,
@@ -117,7 +117,8 @@ def build(bench: Bench, plan: Plan, parent: Path | None) -> nn.Module:
     start = bench.original
     if parent is not None:
         start = cast(fx.GraphModule, dense_of(read_weights(bench.original, parent)[0]))
-    return reconstruct(start, start, plan, lambda: bench.calibration).eval()
+    options = Options(curvature=bench.curvature)
+    return reconstruct(start, start, plan, lambda: bench.calibration, options=options).eval()
 
 
 def as_shipped(bench: Bench, network: nn.Module) -> nn.Module:
