@@ -76,7 +76,11 @@ class Bench:
         step = runtime.fixed_batch or GRADIENT_BATCH
         return output_curvature(
             self.original.eval(),
-            (parts for inputs in self.calibration for parts in zip(*(x.split(step) for x in inputs), strict=True)),
+            (
+                parts
+                for inputs in self.calibration
+                for parts in zip(*(torch.split(x, step) for x in inputs), strict=True)
+            ),
             lambda network, inputs: forward(network, inputs, runtime.fixed_batch, runtime.answer),
             [name for name, module in self.original.named_modules() if isinstance(module, WEIGHED)],
             classes=self.classes,
