@@ -23,6 +23,7 @@ FREE = ("svd", "svd_input", "spatial_svd", "tucker2", "cp3", "cp4", "tt")
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+@torch.no_grad()
 def fit_weighed(
     method: Method,
     layer: nn.Module,

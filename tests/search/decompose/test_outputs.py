@@ -36,10 +36,9 @@ def test_a_fit_by_a_whole_matrix_costs_less_than_one_by_its_diagonal(
     known, metric, method = statistics_of(layer, smooth_input(layer)), metric_of(12), METHODS[name]
     lattice = method.ranks(layer)
     ranks = lattice[len(lattice) // 2]
-    with torch.no_grad():
-        whole = fit_weighed(method, layer, ranks, known, metric, None).module
-        each = fit_weighed(method, layer, ranks, known, metric.diagonal(), None).module
-        again = fit_weighed(method, layer, ranks, known, metric, whole).module
+    whole = fit_weighed(method, layer, ranks, known, metric, None).module
+    each = fit_weighed(method, layer, ranks, known, metric.diagonal(), None).module
+    again = fit_weighed(method, layer, ranks, known, metric, whole).module
     costs = [cost(layer, fitted, known, metric) for fitted in (whole, each, again)]
     assert costs[0] < 0.9 * costs[1]
     assert costs[2] < 1.01 * costs[0]
@@ -49,8 +48,7 @@ def test_of_a_matrix_it_is_the_best_there_is(statistics_of: Callable[[nn.Module,
     torch.manual_seed(2)
     layer = nn.Linear(9, 11)
     known, metric = statistics_of(layer, torch.randn(400, 9) @ torch.randn(9, 9)), metric_of(11)
-    with torch.no_grad():
-        fitted = fit_weighed(METHODS["svd"], layer, (3,), known, metric, None).module
+    fitted = fit_weighed(METHODS["svd"], layer, (3,), known, metric, None).module
     target = torch.linalg.solve(known.second[0], known.cross[0].T).T
     seen = torch.linalg.cholesky(metric).T @ target @ torch.linalg.cholesky(known.second[0])
     least = float(torch.linalg.svdvals(seen)[3:].square().sum())
@@ -63,6 +61,5 @@ def test_where_the_last_link_is_not_free_outputs_are_weighed_one_by_one(
     layer = nn.Conv2d(8, 12, 3, padding=1, groups=2)
     known, metric, method = statistics_of(layer, smooth_input(layer)), metric_of(12), METHODS["svd"]
     ranks = method.ranks(layer)[1]
-    with torch.no_grad():
-        fits = [fit_weighed(method, layer, ranks, known, m, None) for m in (metric, metric.diagonal())]
+    fits = [fit_weighed(method, layer, ranks, known, m, None) for m in (metric, metric.diagonal())]
     assert fits[0].error == fits[1].error
