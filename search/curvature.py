@@ -43,8 +43,8 @@ def output_curvature(
 ) -> dict[str, Tensor]:
     """``tempered`` Gauss-Newton matrices of each site's outputs, behind the batch norm that follows it if one does.
 
-    (out, out), or the diagonal (out,) of large ones. Sites that no gradient reaches are left out, and all where the
-    network has no gradient.
+    (out, out), or the diagonal (out,) of large ones. Sites that no gradient reaches are left out, and all of them where
+    gradients cannot be had.
 
     Args:
         network: in evaluation mode; it is not changed.
@@ -65,7 +65,7 @@ def output_curvature(
                 answer = answered(network, inputs)
                 if answer.requires_grad:
                     _draw(answer, classes, generator)
-    except RuntimeError:  # an operation without a derivative, or one that overwrites what it needs
+    except RuntimeError:  # an operation without a derivative, one that overwrites what it needs, or too little memory
         return {}
     finally:
         for handle in handles:

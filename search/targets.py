@@ -121,12 +121,15 @@ class Target:
         """``curvature`` behind the norm as it is before it."""
         if self._norms is None:
             return curvature
-        scale = affine(self._norms[1])[0].double().abs()
-        if curvature is None or curvature.dim() == 1:
-            return scale.square() if curvature is None else scale.square() * curvature
-        scale = scale.clamp_min(1e-3 * float(scale.max()))  # one of zero would leave its output undetermined
-        signed = scale * torch.where(affine(self._norms[1])[0] < 0, -1.0, 1.0)
-        return signed[:, None] * curvature * signed
+        scale = affine(self._norms[1])[0].double()
+        if curvature is None:
+            return scale.square()
+        if curvature.dim() == 1:
+            return scale.square() * curvature
+        # Of these only the proportions count. One of zero would leave its output undetermined, as all of them might be.
+        scale = scale / scale.abs().max().clamp_min(1e-30)
+        scale = torch.copysign(scale.abs().clamp_min(1e-3), scale)
+        return scale[:, None] * curvature * scale
 
     def _pick(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [self._rows.outputs(v, i) for v, i in zip(values, self._index, strict=True)]

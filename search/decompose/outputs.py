@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from search.calibrate import Statistics
-from search.decompose.base import CONVS, RIDGE, Fit, Method
+from search.decompose.base import CONVS, Fit, Method, problems
 from search.matrices import matrices, weight_from, weight_of
 
 __all__ = ["fit_weighed"]
@@ -45,14 +45,9 @@ def fit_weighed(
     turned = copy.deepcopy(layer)
     weight = weight_of(turned)
     weight.copy_(weight_from(layer, turn @ matrices(layer)[0].double()))
-    second, cross = statistics.second[0], statistics.cross[0]
-    ridge = RIDGE * second.diagonal().mean().clamp_min(1e-30) * torch.eye(len(second), dtype=second.dtype)
-    explained = torch.linalg.solve(second + ridge, cross.T).T
-    known = replace(
-        statistics,
-        cross=(turn @ cross)[None],
-        energy=((turn @ explained) * (turn @ cross)).sum(1)[None],
-    )
+    (part,), cross = problems(layer, statistics), turn @ statistics.cross[0]
+    explained = (turn @ part.target * cross).sum(1)
+    known = replace(statistics, cross=cross[None], energy=explained[None])
     fit = method.factorize(turned, ranks, known, start=None if start is None else _with_last(start, turn))
     return replace(fit, module=_with_last(fit.module, torch.linalg.inv(turn)))
 

@@ -6,6 +6,8 @@ from torch import Tensor, fx, nn
 
 from search.curvature import output_curvature, tempered
 from search.metrics import forward
+from search.reconstruct import Options, reconstruct
+from search.spec import SitePlan
 
 
 def small(norm: bool = False) -> fx.GraphModule:
@@ -53,6 +55,38 @@ def test_a_network_without_gradients_has_none() -> None:
             return self.linear(x).argmax(-1)
 
     assert curvature(fx.symbolic_trace(Rounds()).eval(), torch.randn(8, 4), False) == {}
+
+
+def test_an_operation_without_a_derivative_leaves_none() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x).exp()
+            z = self.head(y)
+            y.mul_(2)
+            return z + y.sum()
+
+    net = fx.symbolic_trace(Overwrites()).eval()
+    assert curvature(net, torch.randn(8, 4), False) == {}
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("alive", [0, 4])
+def test_channels_that_a_batch_norm_scales_to_nothing_do_no_harm(alive: int) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    weight = layers.get_submodule("1").get_parameter("weight")
+    weight.data = (torch.arange(8) < alive).float()
+    net = fx.symbolic_trace(layers).eval()
+    batches = [(torch.randn(64, 6),)]
+    options = Options(curvature=curvature(net, batches[0][0], True))
+    plan = {"0": SitePlan(method="svd", ranks=(3,))}
+    made = reconstruct(net, net, plan, lambda: batches, options=options)
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
+    assert bool(made(*batches[0]).isfinite().all())
 
 
 def test_tokens_have_outputs_last() -> None:
