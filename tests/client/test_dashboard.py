@@ -77,7 +77,12 @@ def test_a_job_that_used_its_hours_is_extended_by_more_of_them(page: Page, servi
     service.workers.finish(job, 0)
     service.spend(job, hours=1)
     page.goto(f"{service.url}/#/jobs/{job}")
-    page.get_by_label("More hours").fill("0.5")
+    hours = page.get_by_label("More hours")
+    hours.press_sequentially("0.")
+    speak(service, job, "a sentence that has the page drawn again")
+    expect(page.locator(".events li").first).to_contain_text("drawn again")
+    expect(hours).to_be_focused()
+    page.keyboard.press("5")
     page.get_by_role("button", name="Ten more trials").click()
     expect(page.locator("h1 + .badge")).to_have_text("searching")
     with service.client() as client:

@@ -10,7 +10,7 @@ const EVENTS_SHOWN = 200;
 export async function jobPage(main, signal, id) {
   const base = `/v1/jobs/${id}`;
   const part = (title, ...content) => h("section", { class: "card" }, h("h2", {}, title), ...content);
-  const head = h("div");
+  const { head, drawHead } = headOf(base);
   const charts = { front: h("div", { class: "chart", role: "img", "aria-label": "Accuracy against cost; the table of trials has the same figures" }),
     best: h("div", { class: "chart", role: "img", "aria-label": "Smallest cost within the budget over trials" }),
     layers: h("div", { class: "chart", role: "img", "aria-label": "Parameters of each layer before and after; the table below has the same figures" }),
@@ -30,7 +30,6 @@ export async function jobPage(main, signal, id) {
 
   let job = null;
   let behind = "";
-  const hours = h("input", { type: "number", min: "0", step: "any", style: "width:5rem" });
   const { found, refresh } = listsOf(base);
   const drawCharts = () => {
     frontChart(charts.front, job, found.trials, found.front.points, cost.value);
@@ -40,7 +39,7 @@ export async function jobPage(main, signal, id) {
 
   const draw = () => {
     const { trials, detail, layers: { layers } } = found;
-    drawHead(head, job, base, behind, hours);
+    drawHead(job, behind);
     drawCharts();
     if (layers.length) layersChart(charts.layers, layers);
     const trained = detail && Object.values(detail.results).some((r) => r.curve.length);
@@ -68,7 +67,7 @@ export async function jobPage(main, signal, id) {
   await follow(base, (fresh) => {
     if (!job) cost.value = fresh.spec?.minimize[0] ?? "parameters";
     job = fresh;
-    drawHead(head, job, base, behind, hours);
+    drawHead(job, behind);
     if (job.reason_code === "unreadable_job") main.replaceChildren(head);
     else catching ??= catchUp().finally(() => { catching = null; });
   }, signal);
@@ -94,21 +93,47 @@ function listsOf(base) {
   return { found, refresh };
 }
 
-/** `hours`: the field of those that an extension adds, kept over redraws. */
-function drawHead(head, job, base, behind, hours) {
-  const act = (action, body) => async (event) => {
-    event.target.disabled = true;
-    try { await post(`${base}/${action}`, body); toast(`Asked: ${action}.`); } catch (error) { toast(error.message); event.target.disabled = false; }
+/**
+ * A job's name, what can be asked of it, how far it is and what it found: drawHead(job, why some of the page is old).
+ * What is pressed or typed into is made once: a redraw would take it from under the hands.
+ */
+function headOf(base) {
+  const ask = (action, label, look, body = () => undefined) => {
+    const button = h("button", { class: look }, label);
+    button.addEventListener("click", async () => {
+      button.disabled = true;
+      try { await post(`${base}/${action}`, body()); toast(`Asked: ${action}.`); } catch (error) { toast(error.message); button.disabled = false; }
+    });
+    return button;
   };
-  const buttons = [];
-  if (job.state === "paused") buttons.push(h("button", { onclick: act("resume") }, "Resume"));
-  else if (!ENDED.includes(job.state) && job.state !== "cancelling") buttons.push(h("button", { class: "quiet", onclick: act("pause") }, "Pause"));
-  if (!ENDED.includes(job.state)) buttons.push(h("button", { class: "danger", disabled: job.state === "cancelling", onclick: act("cancel") }, "Cancel"));
-  if (["done", "failed"].includes(job.state)) {
-    if (job.spec?.search.hours != null) buttons.push(h("label", { class: "row muted" }, "More hours", hours));
-    const extend = (event) => act("extend", { trials: 10, ...(hours.value && { hours: Number(hours.value) }) })(event);
-    buttons.push(h("button", { class: "quiet", onclick: extend }, "Ten more trials"));
-  }
+  const resume = ask("resume", "Resume");
+  const pause = ask("pause", "Pause", "quiet");
+  const cancel = ask("cancel", "Cancel", "danger");
+  const hours = h("input", { type: "number", min: "0", step: "any", style: "width:5rem" });
+  const moreHours = h("label", { class: "row muted" }, "More hours", hours);
+  const extend = ask("extend", "Ten more trials", "quiet", () => ({ trials: 10, ...(hours.value && { hours: Number(hours.value) }) }));
+  const name = h("div", { class: "row" });
+  const facts = h("div");
+  let drawn = null; // the state drawn last: what was asked in it has been answered once there is another
+
+  const drawHead = (job, behind) => {
+    const { state } = job;
+    const ended = ENDED.includes(state);
+    name.replaceChildren(h("h1", {}, job.name), badge(state));
+    if (state !== drawn) for (const button of [resume, pause, cancel, extend]) button.disabled = state === "cancelling";
+    drawn = state;
+    resume.hidden = state !== "paused";
+    pause.hidden = ended || ["paused", "cancelling"].includes(state);
+    cancel.hidden = ended;
+    extend.hidden = !["done", "failed"].includes(state);
+    moreHours.hidden = extend.hidden || job.spec?.search.hours == null;
+    drawFacts(facts, job, behind);
+  };
+  const buttons = h("div", { class: "row" }, resume, pause, cancel, moreHours, extend);
+  return { head: h("div", {}, h("div", { class: "row spread" }, name, buttons), facts), drawHead };
+}
+
+function drawFacts(facts, job, behind) {
   const p = job.progress ?? {};
   const done = job.state === "done" ? 1 : (p.trials_done ?? 0) / Math.max(1, p.trials_asked ?? 1);
   const running = (p.running ?? []).map((r) => r.message).filter(Boolean).slice(0, 3).join(" · ");
@@ -116,8 +141,7 @@ function drawHead(head, job, base, behind, hours) {
   const figure = (label, big, small) => h("div", { class: "figure" }, h("span", {}, label), h("b", {}, big), h("span", {}, small));
   const { baseline, best } = job;
   const kept = best?.keeps_budget;
-  head.replaceChildren(
-    h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, job.name), badge(job.state)), h("div", { class: "row" }, buttons)),
+  facts.replaceChildren(
     h("div", { class: "bar", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-valuemin": "0", "aria-valuemax": "100" }, h("i", { style: `width:${100 * done}%` })),
     h("p", { class: "muted" }, [`${p.trials_done ?? 0} of ${p.trials_asked ?? "–"} trials`, running, !ENDED.includes(job.state) && job.eta_seconds != null ? `about ${duration(job.eta_seconds)} left` : "",
       behind && `what follows may be old: ${behind}`].filter(Boolean).join(" · ")),
