@@ -8,6 +8,7 @@ from torch import Tensor
 
 from search.heatmaps import gaussians
 from search.metrics import class_last
+from search.recipe import temperature_of
 from search.spec import IGNORED_CLASS, FineTune, Metric, Task
 
 __all__ = ["Objective", "objective", "trivial_answer"]
@@ -16,21 +17,25 @@ Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(answer, the original's answer, labels or None) → scalar loss."""
 
 
-def objective(task: Task, metric: Metric, recipe: FineTune, scale: float) -> Objective:
-    """The loss of a task.
+def objective(task: Task, metric: Metric, recipe: FineTune, sample: Tensor, labels: Tensor | None = None) -> Objective:
+    """The loss of a task; ``sample``: some of the original's answers (and their labels), which set its temperature or
+    scale.
 
     Classification: (1 − d)·CE(labels) + d·T²·KL(original_T ‖ answer_T) (Hinton, Vinyals, Dean 2015), d =
     ``recipe.distill``, T = ``recipe.temperature``; without labels the second term alone. Segmentation: the same at
-    each pixel, where those that do not count have no label. Regression and fidelity: squared errors over ``scale``
-    (the variance of the original's answers), so that one learning rate fits any unit. Keypoints: likewise, with a
+    each pixel, where those that do not count have no label. Regression and fidelity: squared errors over the
+    variance of the original's answers, so that one learning rate fits any unit. Keypoints: likewise, with a
     Gaussian of ``recipe.heatmap_sigma`` at each joint for labels.
     """
     if task is Task.SEGMENTATION:
-        return lambda y, teacher, labels: _segmentation(y, teacher, labels, recipe)
+        t = temperature_of(recipe, sample.movedim(1, -1))
+        return lambda y, teacher, labels: _segmentation(y, teacher, labels, recipe.distill, t)
+    if task is Task.CLASSIFICATION or metric is Metric.AGREEMENT:
+        t = temperature_of(recipe, class_last(sample, labels))
+        return lambda y, teacher, labels: _classification(y, teacher, labels, recipe.distill, t)
+    scale = max(float(sample.var(correction=0)), 1e-12)
     if task is Task.KEYPOINTS:
         return lambda y, teacher, labels: _keypoints(y, teacher, labels, recipe) / scale
-    if task is Task.CLASSIFICATION or metric is Metric.AGREEMENT:
-        return lambda y, teacher, labels: _classification(y, teacher, labels, recipe)
     return lambda y, teacher, labels: _regression(y, teacher, labels, recipe.distill) / scale
 
 
@@ -42,13 +47,13 @@ def trivial_answer(task: Task, metric: Metric, teacher: Tensor) -> Tensor:
     return teacher.mean(0, keepdim=True).expand_as(teacher)
 
 
-def _classification(y: Tensor, teacher: Tensor, labels: Tensor | None, recipe: FineTune) -> Tensor:
+def _classification(y: Tensor, teacher: Tensor, labels: Tensor | None, distill: float, t: float) -> Tensor:
     answer, wanted = class_last(y, labels), class_last(teacher, labels)
-    soft = _softened(answer, wanted, recipe.temperature)
+    soft = _softened(answer, wanted, t)
     if labels is None:
         return soft
     hard = F.cross_entropy(answer.flatten(0, -2), labels.flatten())
-    return (1 - recipe.distill) * hard + recipe.distill * soft
+    return (1 - distill) * hard + distill * soft
 
 
 def _softened(answer: Tensor, wanted: Tensor, t: float) -> Tensor:
@@ -62,15 +67,15 @@ def _softened(answer: Tensor, wanted: Tensor, t: float) -> Tensor:
     return t * t * soft
 
 
-def _segmentation(y: Tensor, teacher: Tensor, labels: Tensor | None, recipe: FineTune) -> Tensor:
+def _segmentation(y: Tensor, teacher: Tensor, labels: Tensor | None, distill: float, t: float) -> Tensor:
     """``y``, ``teacher``: (n, classes, h, w); ``labels``: (n, h, w)."""
-    soft = _softened(y.movedim(1, -1), teacher.movedim(1, -1), recipe.temperature)
+    soft = _softened(y.movedim(1, -1), teacher.movedim(1, -1), t)
     if labels is None:
         return soft
     # Not the mean that cross_entropy takes: of a batch without a single pixel that counts it is 0 / 0.
     summed = F.cross_entropy(y, labels, ignore_index=IGNORED_CLASS, reduction="sum")
     hard = summed / (labels != IGNORED_CLASS).sum().clamp_min(1)
-    return (1 - recipe.distill) * hard + recipe.distill * soft
+    return (1 - distill) * hard + distill * soft
 
 
 def _keypoints(y: Tensor, teacher: Tensor, labels: Tensor | None, recipe: FineTune) -> Tensor:

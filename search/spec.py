@@ -333,7 +333,8 @@ class FineTune(Value):
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     """auto: ``adamw`` for networks with attention, recurrence or embeddings, ``sgd`` (Nesterov) for others."""
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    temperature: Annotated[float, Field(gt=0)] = 4.0
+    temperature: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Of the original's soft outputs. auto: from 1 to 4, the higher the surer the original is of its answers."""
     distill: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Weight of the original's soft outputs; the rest is the labels' loss."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -244,12 +244,10 @@ class _Training:
         self.module.to(self.runtime.device)
         self.original.to(self.runtime.device).eval()
         self.optimizer = _optimizer(self.module, self.recipe, optimizer_of(self.recipe, self.original))
-        inputs, _ = self._to_device(next(stream(self.data.train, self.batch, self.seed, 0)))
+        inputs, labels = self._to_device(next(stream(self.data.train, self.batch, self.seed, 0)))
         with torch.no_grad():
             teacher = self._answer(self.original, inputs).float()
-        self.loss_of: Objective = objective(
-            self.data.task, self.metric, self.recipe, max(float(teacher.var(correction=0)), 1e-12)
-        )
+        self.loss_of: Objective = objective(self.data.task, self.metric, self.recipe, teacher, labels)
         stored = self._stored(checkpoint)
         if stored is None:
             self._begin(inputs, teacher)

@@ -25,7 +25,7 @@ def test_segmentation_is_cross_entropy_where_it_counts_and_the_original_everywhe
     y, teacher = random(2, 4, 4, 4), random(2, 4, 4, 4, seed=1)  # as many classes as rows and columns
     labels = torch.randint(4, (2, 4, 4), generator=torch.Generator().manual_seed(2))
     labels[0, :2] = 255
-    loss = objective(Task.SEGMENTATION, Metric.MIOU, RECIPE, 1.0)(y, teacher, labels)
+    loss = objective(Task.SEGMENTATION, Metric.MIOU, RECIPE, teacher)(y, teacher, labels)
     p, t = softmax(y.double().numpy()), labels.numpy()
     hard = -np.mean([np.log(p[n, t[n, i, j], i, j]) for n, i, j in np.argwhere(t != 255)])
     soft_y, soft_t = (softmax(z.double().numpy() / 2) for z in (y, teacher))
@@ -35,7 +35,7 @@ def test_segmentation_is_cross_entropy_where_it_counts_and_the_original_everywhe
 
 def test_a_batch_without_a_pixel_that_counts_learns_from_the_original_alone() -> None:
     y, teacher = random(2, 3, 4, 4).requires_grad_(), random(2, 3, 4, 4, seed=1)
-    of = objective(Task.SEGMENTATION, Metric.MIOU, RECIPE, 1.0)
+    of = objective(Task.SEGMENTATION, Metric.MIOU, RECIPE, teacher)
     loss = of(y, teacher, torch.full((2, 4, 4), 255))
     assert float(loss.detach()) == pytest.approx(0.3 * float(of(y.detach(), teacher, None)), rel=1e-5)
     loss.backward()
@@ -48,17 +48,19 @@ def test_keypoints_are_gaussians_of_the_originals_height_where_a_joint_counts() 
     drawn = gaussians(joints, 6, 8, 1.5)
     y, teacher = random(3, 2, 6, 8), 5 * drawn
     teacher[1, 1] = 9
-    loss = objective(Task.KEYPOINTS, Metric.PCK, RECIPE, 2.0)(y, teacher, joints)
+    loss = objective(Task.KEYPOINTS, Metric.PCK, RECIPE, teacher)(y, teacher, joints)
     there = joints[..., 2] > 0
     hard = float((y[there] - 5 * drawn[there]).square().mean())
     soft = float((y - teacher).square().mean())
-    assert float(loss) == pytest.approx((0.7 * hard + 0.3 * soft) / 2, rel=1e-5)
+    assert float(loss) == pytest.approx((0.7 * hard + 0.3 * soft) / float(teacher.var(correction=0)), rel=1e-5)
 
 
 def test_keypoints_without_labels_follow_the_original() -> None:
     y, teacher = random(3, 2, 6, 8), random(3, 2, 6, 8, seed=1)
-    of = objective(Task.KEYPOINTS, Metric.PCK, RECIPE, 2.0)
-    assert float(of(y, teacher, None)) == pytest.approx(float((y - teacher).square().mean()) / 2)
+    of = objective(Task.KEYPOINTS, Metric.PCK, RECIPE, teacher)
+    assert float(of(y, teacher, None)) == pytest.approx(
+        float((y - teacher).square().mean() / teacher.var(correction=0))
+    )
     nobody = torch.zeros(3, 2, 4)
     assert float(of(y, teacher, nobody)) == pytest.approx(0.3 * float(of(y, teacher, None)), rel=1e-5)
 

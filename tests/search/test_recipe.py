@@ -1,9 +1,11 @@
 """The automatic parts of the recipe."""
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from search.recipe import optimizer_of, peak_rate
+from search.recipe import optimizer_of, peak_rate, temperature_of
 from search.spec import FineTune
 
 CONVOLUTIONAL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -32,3 +34,21 @@ def test_a_short_training_is_the_cooler_the_better_its_start_is() -> None:
     assert peaks(0.5) == peaks(1.0)
     assert all(short <= longer for short, longer in zip(peaks(1), peaks(3), strict=True))
     assert len(set(peaks(10))) == 1, "a long training brings back what a high rate costs"
+
+
+@pytest.mark.parametrize(
+    ("margin", "classes", "low", "high"),
+    [(0.0, 10, 1, 1), (1.0, 143, 1, 1), (6.0, 10, 1.2, 1.8), (60.0, 10, 4, 4)],
+)
+def test_the_surer_the_original_the_more_its_answers_are_softened(
+    margin: float, classes: int, low: float, high: float
+) -> None:
+    logits = torch.zeros(8, 5, classes)
+    logits[..., 0] = margin
+    t = temperature_of(FineTune(), logits)
+    assert low - 1e-3 <= t <= high + 1e-3
+    if 1.01 < t < 3.99:
+        p = np.exp(logits.double().numpy() / t)
+        p /= p.sum(-1, keepdims=True)
+        assert -(p * np.log(p)).sum(-1).mean() == pytest.approx(0.3 * np.log(classes), rel=1e-3)
+    assert temperature_of(FineTune(temperature=9), logits) == 9
