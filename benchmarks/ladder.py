@@ -72,6 +72,7 @@ RECIPES: dict[str, dict[str, float]] = {
     "labels only": {"distill": 0.0},
     "temperature 1": {"temperature": 1.0},
     "temperature 2": {"temperature": 2.0},
+    "temperature 4": {"temperature": 4.0},
     "temperature 1, distill 0.5": {"temperature": 1.0, "distill": 0.5},
     "averaged 0.99": {"ema": 0.99},
     "a quarter by blocks": {"sequential": 0.25},
