@@ -72,10 +72,26 @@ def untrained(module: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
 
 
 def _factorize(network: nn.Module, plan: Mapping[str, Any]) -> None:
+    planned = {name for site, entry in plan.items() for name in entry.get("members") or (site,)}
     for site, entry in plan.items():
         for name, layer in _made(network, site, entry).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, layer)
+            for same in (name, *(_same_as(network, name) - planned)):
+                parent, _, leaf = same.rpartition(".")
+                setattr(network.get_submodule(parent), leaf, layer)
+
+
+def _same_as(network: nn.Module, name: str) -> set[str]:
+    """Every name of a layer: of the module, and of others of its kind with all its parameters, which compute the same.
+
+    An exported file knows them as one layer that is called several times.
+    """
+    layer = network.get_submodule(name)
+    own = [id(p) for p in layer.parameters()]
+    return {
+        other
+        for other, module in network.named_modules(remove_duplicate=False)
+        if [id(p) for p in module.parameters()] == own and repr(module) == repr(layer)
+    }
 
 
 def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -119,6 +119,22 @@ def test_layers_that_share_factors_come_back_from_tensors_that_hold_them_once() 
         apply(twins(), JOINT, {name: t for name, t in once.items() if not name.endswith("core")})
 
 
+def test_a_layer_with_several_names_is_replaced_under_each() -> None:
+    """One module in two places, and another with all its parameters: a file knows them as one layer."""
+    dense = nn.Linear(8, 8)
+    other = nn.Linear(8, 8)
+    other.weight, other.bias = dense.weight, dense.bias
+    original = nn.ModuleDict({"one": dense, "inside": nn.Sequential(dense), "other": other, "alone": nn.Linear(8, 8)})
+    factors = METHODS["svd"].factorize(dense, (2,)).module
+    tensors = {f"one.{k}": v for k, v in factors.state_dict().items()}
+    tensors |= {f"alone.{k}": v for k, v in original["alone"].state_dict().items()}
+    again = apply(original, {"one": {"method": "svd", "ranks": [2]}}, tensors)
+    x = torch.randn(3, 8)
+    for name in ("one", "inside.0", "other"):
+        assert torch.equal(again.get_submodule(name)(x), factors(x))
+    assert isinstance(again["alone"], nn.Linear)
+
+
 def test_a_plan_whose_member_is_missing_is_refused_by_its_name() -> None:
     plan = {"twins": JOINT["twins"] | {"members": {"1": [0], "7": [1]}}}
     with pytest.raises(KeyError, match="'7'"):

@@ -27,6 +27,7 @@ from search.spec import (
     TrialWork,
 )
 from tenfold import apply, exporting
+from tenfold.layers import LowRankLSTM
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -119,6 +120,35 @@ def test_an_autoencoder_with_transposed_convolutions_gets_smaller(tmp_path: Path
     profile = smaller(session, tmp_path, 0.5, {"up"})
     up = next(s for s in profile.sites if s.site == "up")
     assert set(up.curves) == {"svd", "svd_input", "spatial_svd", "tucker2"}
+
+
+class Stacked(nn.Module):
+    """Two LSTMs that share every weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.LSTM(24, 24, batch_first=True), nn.LSTM(24, 24, batch_first=True)
+        for name, parameter in self.lower.named_parameters():
+            setattr(self.upper, name, parameter)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.upper(self.lower(x)[0])[0][:, -1])
+
+
+def test_recurrent_layers_that_share_all_they_hold_are_one_that_is_called_twice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 5, 4) @ torch.randn(4, 24)
+    y = x[:, -1, :3].argmax(1)
+    network = trained(Stacked(), x, y, nn.CrossEntropyLoss())
+    session = session_of(network, x, y, Task.CLASSIFICATION, tmp_path, JOB)
+    smaller(session, tmp_path, 0.6, {"lower"})
+    plan, tensors = json.loads((tmp_path / "out/plan.json").read_text()), load_file(tmp_path / "out/model.safetensors")
+    mine = apply(network, plan, tensors).eval()
+    assert isinstance(mine.lower, LowRankLSTM)
+    assert mine.upper is mine.lower
+    exported = torch.export.load(tmp_path / "out/model.pt2").module()
+    torch.testing.assert_close(mine(x[:8]), exported(x[:8]), rtol=1e-4, atol=1e-4)
 
 
 class Reader(nn.Module):
