@@ -2,7 +2,8 @@
 
 ``y = W x`` with ``x`` of ``n = in / groups * taps`` entries, channel by channel, taps inside:
 
-* a Linear's ``x`` is its input, an Embedding's is the token as a unit vector (only its index is ever kept);
+* a Linear's ``x`` is its input, an Embedding's is the token as a unit vector (only its index is ever kept); ``W`` is
+  the weight of a Linear, and turned round that of an Embedding or a TurnedLinear;
 * a convolution's is the window under the kernel;
 * a transposed convolution is a convolution whose input has ``stride - 1`` zeros between its entries, with the kernel
   turned round. So its ``x`` is a window too, mostly zeros, and second moments of such windows over *output* positions
@@ -15,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tenfold.layers import TurnedLinear
 from tenfold.layers.base import CONVS, TRANSPOSED, Conv, ConvTranspose
 
 __all__ = ["groups_of", "has_windows", "matrices", "taps_of", "weight_from", "weight_of", "windows"]
@@ -45,7 +47,7 @@ def taps_of(layer: nn.Module) -> int:
 def matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """(groups, out / groups, n): of the layer's own weight, or of another ``weight`` of the same shape."""
     weight = weight_of(layer) if weight is None else weight
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, nn.Embedding | TurnedLinear):
         return weight.T[None]
     groups = groups_of(layer)
     if isinstance(layer, TRANSPOSED):  # (in, out / groups, *kernel)
@@ -57,7 +59,7 @@ def matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 def weight_from(layer: nn.Module, matrix: Tensor) -> Tensor:
     """The weight, in the layer's own shape, that has these matrices: (groups, out / groups, n) or that many entries."""
     shape = weight_of(layer).shape
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, nn.Embedding | TurnedLinear):
         return matrix.reshape(shape[1], shape[0]).T
     if isinstance(layer, TRANSPOSED):
         groups = layer.groups

@@ -1,14 +1,16 @@
 """Layers that hold one weight, decomposed once: a site of several layers by a method of one.
 
 The weight is fitted to all its uses together. Layers of one kind multiply it with inputs of the same size, so their
-moments are added, each relative to its outputs' energy, and the method does the rest. An Embedding and the Linear that
-maps back to its tokens see the two sides of it: with ``p`` (n,) the tokens' shares and ``C`` (d, d) the moments of what
-the Linear reads, both relative to the energies,
+moments are added, each relative to its outputs' energy, and the method does the rest. An encoder and a decoder that
+multiplies with its weight turned round, or a Linear that maps to tokens and their Embedding, see the two sides of it:
+with ``D`` (n, n) the moments of what the decoder reads, or the tokens' shares on a diagonal, and ``C`` (d, d) those of
+what the Linear reads, both relative to the energies,
 
-    sum of relative errors  =  tr (W - V)' diag(p) (W - V)  +  tr (W - V) C (W - V)'
+    sum of relative errors  =  tr (W - V)' D (W - V)  +  tr (W - V) C (W - V)'
 
-In the eigenvectors of C, C = Q diag(c) Q', that is ``sum_ij (p_i + c_j) (WQ - VQ)_ij^2``: a weighted low-rank
-approximation (Srebro and Jaakkola 2003), whose factors alternate in closed form.
+In the eigenvectors D = P diag(p) P' and C = Q diag(c) Q' that is ``sum_ij (p_i + c_j) (P'WQ - P'VQ)_ij^2``: a weighted
+low-rank approximation (Srebro and Jaakkola 2003), whose factors alternate in closed form. How much each output counts
+(a batch norm behind one of them) is left out, for then no eigenvectors part the sum.
 """
 
 from collections.abc import Sequence
@@ -17,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from search.calibrate import Statistics
-from search.decompose.base import Method, problems, relative, thin
+from search.decompose.base import Method, Problem, fill, problems, relative, thin
 from search.decompose.joint import Group, JointFit
 from search.matrices import matrices, weight_of
 from search.spec import CurvePoint
-from tenfold.layers import FactorizedLayer, LowRankEmbedding, factorized_like, members_like
+from tenfold.layers import FactorizedLayer, LowRankHead, TurnedLinear, factorized_like, members_like
 from tenfold.layers.tied import tie, tied_reason
 
 __all__ = ["Tied", "same_weight"]
@@ -55,7 +57,7 @@ class Tied:
         if len({id(layer.weight) for layer in group.layers}) > 1:
             return f"{self.name} is a method of one weight, and {', '.join(group.names)} each have their own"
         if _is_mixed(group) and self.name != "svd":
-            return f"{self.name} has no factors that an Embedding and a Linear can share"
+            return f"{self.name} has no factors that serve a weight as it is and turned round, as those of svd do"
         return next((reason for layer in group.layers if (reason := self._method.applies_to(layer))), None)
 
     def ranks(self, group: Group) -> tuple[tuple[int, ...], ...]:
@@ -95,12 +97,12 @@ class Tied:
         metrics: Sequence[Tensor | None] | None = None,
     ) -> JointFit:
         if _is_mixed(group):
-            found = _Sides(group, statistics).fit(ranks[0])
+            a, b = _Sides(group, statistics).fit(ranks[0])
             made = members_like(dict(zip(group.names, group.layers, strict=True)), self.name, ranks, group.members)
-            source = next(m for m in made.values() if isinstance(m, LowRankEmbedding))
-            with torch.no_grad():
-                source.first.weight.copy_(found[0])
-                source.last.weight.copy_(found[1])
+            for name, layer in zip(group.names, group.layers, strict=True):
+                if not isinstance(made[name], LowRankHead):  # whose factors are an Embedding's
+                    read, written = (a, b) if _is_turned(layer) else (b, a)
+                    fill(layer, made[name], first=read.T, last=written)
         else:
             first = group.layers[0]
             pooled, metric = _pooled(group, statistics, metrics)
@@ -156,7 +158,12 @@ class Tied:
 
 
 def _is_mixed(group: Group) -> bool:
-    return len({isinstance(layer, nn.Embedding) for layer in group.layers}) > 1
+    return len({_is_turned(layer) for layer in group.layers}) > 1
+
+
+def _is_turned(layer: nn.Module) -> bool:
+    """Whether the layer multiplies its inputs, seen as vectors, with its weight turned round."""
+    return isinstance(layer, nn.Embedding | TurnedLinear)
 
 
 def _bias(layer: nn.Module) -> Tensor | None:
@@ -203,30 +210,26 @@ def _pooled(
 
 
 class _Sides:
-    """The weight W (n, d) that Embeddings and Linears hold, and how much each entry of its rotated error counts."""
+    """The weight W (n, d), used as it is and turned round, and how much each entry of its rotated error counts."""
 
     def __init__(self, group: Group, statistics: Sequence[Statistics] | None) -> None:
         known: Sequence[Statistics | None] = statistics or [None] * len(group.layers)
         self.parts = [problems(layer, s)[0] for layer, s in zip(group.layers, known, strict=True)]
-        self.looks_up = [isinstance(layer, nn.Embedding) for layer in group.layers]
+        self.turned = [_is_turned(layer) for layer in group.layers]
+        sides = list(zip(self.parts, self.turned, strict=True))
+        self.left, self._left_basis = _principal([part for part, turned in sides if turned])
+        """p: (n,), and P."""
+        self.right, self._right_basis = _principal([part for part, turned in sides if not turned])
+        """c: (d,), and Q."""
         weight = weight_of(group.layers[0]).detach().to("cpu", torch.float64)
-        moments = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-        self.tokens = torch.zeros(weight.shape[0], dtype=torch.float64)
-        """p: (n,)."""
-        for part, looks_up in zip(self.parts, self.looks_up, strict=True):
-            if looks_up:
-                self.tokens += part.moments / part.energy
-            else:
-                moments += part.full / part.energy
-        self.inputs, self._basis = torch.linalg.eigh(moments)
-        """c: (d,)."""
-        self.weight = weight @ self._basis
-        """WQ: (n, d)."""
+        self.weight = _seen(_seen(weight, self._right_basis).T, self._left_basis).T
+        """P'WQ: (n, d)."""
 
     def start(self) -> tuple[Tensor, Tensor]:
         """All factors at once, (n, k) and (d, k), in falling importance: the SVD in the separable norm next to ours."""
-        left = (self.tokens + self.inputs.mean()).sqrt()
-        right = (self.inputs + self.tokens.mean()).clamp_min(0).sqrt()
+        left = (self.left + self.right.mean()).sqrt()
+        left = left.clamp_min(1e-6 * float(left.max()))
+        right = (self.right + self.left.mean()).sqrt()
         right = right.clamp_min(1e-6 * float(right.max()))
         u, s, v = torch.linalg.svd(left[:, None] * self.weight * right, full_matrices=False)
         return u * s.sqrt() / left[:, None], v.T * s.sqrt() / right[:, None]
@@ -236,8 +239,8 @@ class _Sides:
         a, b = (factor[:, :rank] for factor in self.start())
         error = self._loss(a, b)
         for _ in range(SWEEPS):
-            better = _rows(self.weight, b, self.tokens, self.inputs)
-            moved = _rows(self.weight.T, better, self.inputs, self.tokens)
+            better = _rows(self.weight, b, self.left, self.right)
+            moved = _rows(self.weight.T, better, self.right, self.left)
             after = self._loss(better, moved)
             if after >= error:
                 break
@@ -245,19 +248,19 @@ class _Sides:
             if gain <= ENOUGH * error:
                 break
         scale = (b.norm(dim=0) / a.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-        return a * scale, self._basis @ (b / scale)
+        return _back(a * scale, self._left_basis), _back(b / scale, self._right_basis)
 
     def _loss(self, a: Tensor, b: Tensor) -> float:
         gap = (self.weight - a @ b.T).square()
-        return float((gap.sum(1) * self.tokens).sum() + (gap.sum(0) * self.inputs).sum())
+        return float((gap.sum(1) * self.left).sum() + (gap.sum(0) * self.right).sum())
 
     def curve(self, ranks: Sequence[int]) -> dict[tuple[int, ...], tuple[float, ...]]:
         """Each member's relative error at the start of each rank, all from one decomposition."""
         a, b = self.start()
-        b = self._basis @ b
+        a, b = _back(a, self._left_basis), _back(b, self._right_basis)
         found = []
-        for part, looks_up in zip(self.parts, self.looks_up, strict=True):
-            left, right = (b, a) if looks_up else (a, b)  # of an Embedding's matrix, which is (d, n)
+        for part, turned in zip(self.parts, self.turned, strict=True):
+            left, right = (b, a) if turned else (a, b)  # of a matrix that is (d, n)
             cross, inner = part.spread(part.weighed) @ right, part.spread(right.T) @ right
             rows = part.rows[:, None] * left
             gained = 2 * (rows * cross).sum(0)
@@ -267,6 +270,25 @@ class _Sides:
             lost = (part.base - (gained - added).cumsum(0)).clamp_min(0)
             found.append((part.floor + lost) / part.energy)
         return {(r,): tuple(float(errors[r - 1]) for errors in found) for r in ranks}
+
+
+def _principal(parts: Sequence[Problem]) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues, (n,), and eigenvectors, (n, n), of the parts' moments together, each relative to its energy.
+
+    No eigenvectors where all moments are diagonal: those are the axes themselves.
+    """
+    if all(part.moments.dim() == 1 for part in parts):
+        return torch.stack([part.moments / part.energy for part in parts]).sum(0), None
+    values, vectors = torch.linalg.eigh(torch.stack([part.full / part.energy for part in parts]).sum(0))
+    return values.clamp_min(0), vectors
+
+
+def _seen(rows: Tensor, basis: Tensor | None) -> Tensor:
+    return rows if basis is None else rows @ basis
+
+
+def _back(columns: Tensor, basis: Tensor | None) -> Tensor:
+    return columns if basis is None else basis @ columns
 
 
 def _rows(wanted: Tensor, factor: Tensor, own: Tensor, other: Tensor) -> Tensor:

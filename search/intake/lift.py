@@ -20,6 +20,7 @@ from search.errors import BadModel
 from search.intake.packed import Rows, divided, layer_of, packed
 from search.intake.portable import make_portable, out_of_place
 from search.intake.recognize import RECOGNIZERS, Built, turned
+from tenfold.layers import TurnedLinear
 
 __all__ = ["InputFacts", "Lift", "lift"]
 
@@ -193,7 +194,7 @@ class _Lifter:
     # ---------------------------------------------------------------- modules
 
     def _recognize(self) -> None:
-        made: dict[object, _Site] = {}
+        found: dict[fx.Node, Built] = {}
         for node in self.ep.graph.nodes:
             if node.op != "call_function" or node.target not in RECOGNIZERS:
                 continue
@@ -204,19 +205,40 @@ class _Lifter:
                 continue
             if built.first_of_tuple and any(u.args[1] != 0 and u.users for u in node.users):
                 continue
+            found[node] = built
+        self._turn(found)
+        made: dict[object, _Site] = {}
+        # A module of the user's has its own name, whatever else multiplies with its weight before.
+        for node in sorted(found, key=lambda n: not self._is_modules(n, found[n])):
+            built = found[node]
             key = _identity(built, self.source) if built.tensors else node
             if key not in made:
                 made[key] = _Site(self._name(node, built), built)
             self.sites[node] = _Site(made[key].name, built)
-        self._leave_turned()
 
-    def _leave_turned(self) -> None:
-        """A matrix that one layer holds as it is and another turned round stays one: the latter keeps calling it."""
-        holders = self._holders()
-        for node, site in list(self.sites.items()):
-            if site.built.transposed and len(holders[self.source[site.built.tensors["weight"]]]) > 1:
-                del self.sites[node]
-                self.names.pop(site.name, None)
+    def _turn(self, found: dict[fx.Node, Built]) -> None:
+        """A matrix that some layers hold as it is and others turned round stays one tensor.
+
+        One that is only used turned round becomes a layer's so, if a single product reads it. Those of several, or of
+        an ``F.linear``, whose own weight is no tensor of the file, stay calls.
+        """
+        uses: dict[str, dict[object, Built]] = defaultdict(dict)
+        for built in found.values():
+            for attribute, tensor in built.tensors.items():
+                if attribute.startswith("weight"):
+                    uses[self.source[tensor]][_identity(built, self.source)] = built
+        for node, built in list(found.items()):
+            if not built.transposed:
+                continue
+            own = _identity(built, self.source)
+            others = [b for key, b in uses[self.source[built.tensors["weight"]]].items() if key != own]
+            if any(not b.transposed for b in others):
+                linear: Any = built.module
+                module = TurnedLinear(linear.in_features, linear.out_features, linear.bias is not None, "meta")
+                found[node] = Built(module, built.inputs, built.tensors)
+            elif others or node.target is torch.ops.aten.linear.default:
+                del found[node]
+                self._note_function(node, _bind(node))
 
     def _holders(self) -> dict[str, dict[str, str]]:
         """Tensor to the layers that multiply with it, each with its own name for it."""
@@ -253,8 +275,7 @@ class _Lifter:
             own = _stack_type(node).endswith(("Dropout", "Dropout1d", "Dropout2d", "Dropout3d")) and where
             name = where if own else ".".join(filter(None, (where, _WITHOUT_WEIGHTS.get(kind, "dropout"))))
         else:
-            names = self.aliases[self.source[weight]]
-            if where and any(n.rpartition(".")[0] == where and n.rpartition(".")[2] == "weight" for n in names):
+            if self._is_modules(node, built):
                 name = where
             else:
                 name = self.owners.get(self.source[weight]) or _owner(self.source[weight])
@@ -263,6 +284,11 @@ class _Lifter:
             unique, k = f"{name or 'root'}_{k}", k + 1
         self.names[unique] = built.module
         return unique
+
+    def _is_modules(self, node: fx.Node, built: Built) -> bool:
+        """Whether the call is made inside the module that has this weight."""
+        where, weight = _path(node), built.tensors.get("weight")
+        return bool(where) and weight is not None and f"{where}.weight" in self.aliases[self.source[weight]]
 
     def _place_modules(self) -> None:
         for name in sorted(self.names, key=lambda n: n.count(".")):
@@ -320,13 +346,20 @@ class _Lifter:
 
         ``read``: the attributes that the graph reads itself.
         """
+        for site in self.sites.values():
+            held = [self.source[node] for name, node in site.built.tensors.items() if name.startswith("weight")]
+            if len({*held}) < len(held):
+                self.locked[site.name] = "one of its weights is in it several times, and each would get its own factors"
         for tensor, layers in self._holders().items():
             for name in layers:
                 others = [n for n in layers if n != name]
                 if self._attributes.get(tensor) in read:
                     self.locked[name] = "its weight is also used outside the layer"
                 elif others and {*layers.values()} != {"weight"}:
-                    self.locked[name] = f"its weight is shared with {', '.join(others)}"
+                    self.locked[name] = (
+                        f"its weight is shared with {', '.join(others)}, and recurrent layers share factors only where "
+                        "they share all weights and biases, as one module that is called twice does"
+                    )
 
     # ---------------------------------------------------------------- graph
 

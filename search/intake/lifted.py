@@ -43,8 +43,15 @@ class LiftedModel:
 
     def given(self, name: str) -> str:
         """The user's own name of a layer or tensor of ``module``. A call has that of the weight that it reads."""
-        parts = self.calls.get(name, name).split(".")
+        parts = self._read(name).split(".")
         return ".".join(self.renamed.get(".".join(parts[: i + 1]), part) for i, part in enumerate(parts))
+
+    def _read(self, name: str) -> str:
+        """What a call reads, or ``name``. The bias stays the call's own where factors take its weight's place."""
+        if name in self.calls or not name.endswith(".bias"):
+            return self.calls.get(name, name)
+        layer = name.rpartition(".")[0].rpartition(".")[0]
+        return self.calls.get(f"{layer}.bias", name)
 
     def example(self, batch: int, *, seed: int = 0) -> tuple[Tensor, ...]:
         """Random inputs of ``batch`` samples: normal for floats, valid indices for integers, True for masks.

@@ -152,8 +152,8 @@ def turned(node: Any) -> Any:
 
 
 def _linear(x: Any, weight_node: Any, bias_node: Any, t: Tensors, *, transposed: bool) -> Built | None:
-    if transposed and t.weight(inner := turned(weight_node)) is not None:
-        weight_node, transposed = inner, False
+    while (inner := turned(weight_node)) is not None:
+        weight_node, transposed = inner, not transposed
     weight = t.weight(weight_node)
     tensors = _taken({"weight": weight_node, "bias": bias_node}, t, {"weight": "weight", "bias": "bias"})
     if weight is None or tensors is None or weight.dim() != 2 or t.weight(x) is not None:

@@ -75,6 +75,20 @@ class OwnHead(LanguageModel):
         return nn.functional.linear(x + torch.relu(self.again(x)), self.embed.weight, self.shift)
 
 
+class TiedAutoencoder(nn.Module):
+    """Both halves hold one matrix a layer: the decoder multiplies with the encoder's, turned round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(48, 32), nn.Linear(32, 16)
+        self.between, self.last = nn.Parameter(torch.zeros(32)), nn.Parameter(torch.zeros(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.inner(torch.relu(self.outer(x)))
+        x = torch.relu(nn.functional.linear(code, self.inner.weight.t(), self.between))
+        return x @ self.outer.weight + self.last
+
+
 @dataclass
 class Job:
     session: Session
@@ -108,14 +122,14 @@ def opened_on(kind: type[nn.Module], folder: Path) -> Job:
     return Job(session, session.profile(0, None), network, folder)
 
 
-def opened(folder: Path, scratch: str, **changes: object) -> Session:
+def opened(folder: Path, scratch: str, *, task: Task = Task.CLASSIFICATION, **changes: object) -> Session:
     spec = JobSpec(
         budget=Budget(max_drop=0.2),
         methods=("svd",),
         fine_tune=FineTune(epochs=2, short_epochs=1, batch_size=64, learning_rate=0.01),
         search=SearchSpec(calibration_samples=128),
     ).model_copy(update=changes)
-    data = DataSpec(task=Task.CLASSIFICATION, validation=0.4)
+    data = DataSpec(task=task, validation=0.4)
     return Session(folder / "net.pt2", folder / "data.npz", data_spec=data, spec=spec, scratch=folder / scratch)
 
 
@@ -173,7 +187,58 @@ def test_a_trial_costs_what_was_predicted_and_stays_tied_through_training(job: J
     )  # fmt: skip
     out = tmp_path / "out"
     job.session.export(done, parent, job.profile, out, front=[done])
-    check_files(job, network, plan, out)
+    mine = check_files(job, network, out, torch.randint(WORDS, (4, 3)))
+    assert mine.head.tokens is mine.embed.first.weight
+
+
+def test_an_autoencoders_halves_share_factors_through_a_job_and_in_its_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(600, 6) @ torch.randn(6, 48) + 0.05 * torch.randn(600, 48)
+    network = TiedAutoencoder()
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(network(x), x).backward()
+        optimizer.step()
+    exporting.export(network.eval(), x[:2], tmp_path / "net.pt2")
+    np.savez(tmp_path / "data.npz", x=x.numpy())
+    session = opened(tmp_path, "scratch", task=Task.FIDELITY)
+    profile = session.profile(0, None)
+    job = Job(session, profile, network, tmp_path)
+    assert {g.site: list(g.members) for g in profile.groups} == {
+        "outer+outer_2": ["outer", "outer_2"],
+        "inner+inner_2": ["inner", "inner_2"],
+    }
+    assert profile.groups[0].dense_parameters == 48 * 32 + 32
+    plan = plan_of(job)
+    work = TrialWork(number=0, stage=0, parent=None, params={}, plan=plan, rung=Rung.SHORT, epochs=1)
+    result = session.trial(work, profile, None, None, None, tmp_path)
+    ground = ground_of(session.bench.spec, profile, None)
+    assert (result.costs.parameters, result.costs.macs) == ground.costs(plan)
+    ranks = {name: entry.ranks[0] for entry in plan.values() for name in entry.members}
+    assert result.costs.parameters == ranks["outer"] * (48 + 32) + ranks["inner"] * (32 + 16) + 2 * 32 + 48 + 16
+    assert result.costs.macs == 2 * (ranks["outer"] * (48 + 32) + ranks["inner"] * (32 + 16))
+    assert result.drop is not None
+    assert result.drop < 0.3
+
+    compressed, again = read_weights(session.bench.original, tmp_path / "weights.safetensors")
+    assert again == plan
+    dense = dense_of(compressed)
+    assert dense.get_submodule("outer").weight is dense.get_submodule("outer_2").weight
+    torch.testing.assert_close(dense(x[:4]), compressed.eval()(x[:4]), rtol=1e-4, atol=1e-4)
+    later = session.profile(1, tmp_path / "weights.safetensors")
+    assert ground_of(session.bench.spec, later, plan).parameters == result.costs.parameters
+
+    done = TrialRecord(
+        number=0, stage=0, parent=None, params={}, plan=plan, state=TrialState.DONE, rung=Rung.SHORT,
+        results={Rung.SHORT: result},
+    )  # fmt: skip
+    out = tmp_path / "out"
+    session.export(done, tmp_path / "weights.safetensors", profile, out, front=[done])
+    assert set(json.loads((out / "plan.json").read_text())["outer+outer_2"]["members"]) == {"outer", "outer.weight"}
+    mine = check_files(job, compressed, out, x[:4])
+    mine(x[:4]).sum().backward()
+    assert all(p.grad is not None for p in mine.parameters())
 
 
 def test_a_head_of_the_networks_own_code_is_a_member_of_the_tie_and_the_files_fit_back(tmp_path: Path) -> None:
@@ -203,7 +268,8 @@ def test_a_head_of_the_networks_own_code_is_a_member_of_the_tie_and_the_files_fi
         assert all(p.grad is not None for p in mine.parameters())
 
 
-def check_files(job: Job, network: nn.Module, plan: dict[str, SitePlan], out: Path) -> None:
+def check_files(job: Job, network: nn.Module, out: Path, x: Tensor) -> nn.Module:
+    """Each holds what is shared once, and computes the same; the user's own network with the files' factors."""
     for name in ("model.pt2", "model.onnx"):
         assert reload.check(out / name, out / "check.npz")["max_difference"] < 1e-4
     stored = cost.stored_bytes(network)
@@ -217,11 +283,12 @@ def check_files(job: Job, network: nn.Module, plan: dict[str, SitePlan], out: Pa
     assert sum(onnx.numpy_helper.to_array(i).nbytes for i in floats) <= stored
     recipe = json.loads((out / "plan.json").read_text())
     mine = tenfold.apply(job.network, recipe, tensors).eval()
-    words = torch.randint(WORDS, (4, 3))
-    torch.testing.assert_close(mine(words), network(words), rtol=1e-4, atol=1e-4)
-    assert mine.head.tokens is mine.embed.first.weight
+    torch.testing.assert_close(mine(x), network(x), rtol=1e-4, atol=1e-4)
+    assert cost.parameters(mine) == cost.parameters(network)
     rows = json.loads((out / "report.json").read_text())["layers"]
-    assert sum(row["parameters"] for row in rows) == cost.parameters(network)
+    loose = sum(p.numel() for p in network.parameters(recurse=False))
+    assert sum(row["parameters"] for row in rows) + loose == cost.parameters(network)
+    return mine
 
 
 def test_the_allocator_takes_a_tie_where_parameters_must_go(job: Job) -> None:

@@ -34,7 +34,7 @@ from .shuffled import (
     ShuffledTuckerLinear,
 )
 from .tensor_train import RTTConv, TTLinear
-from .tied import LowRankHead, tie
+from .tied import LowRankHead, LowRankTurned, TurnedLinear, tie
 
 __all__ = [
     "LAYERS",
@@ -53,6 +53,7 @@ __all__ = [
     "LowRankHead",
     "LowRankLSTM",
     "LowRankLinear",
+    "LowRankTurned",
     "RTTConv",
     "ReshapedCPConv",
     "ReshapedCPLinear",
@@ -70,6 +71,7 @@ __all__ = [
     "TTLinear",
     "Tucker2Conv",
     "Tucker2ConvTranspose",
+    "TurnedLinear",
     "factorized_like",
     "joint_like",
     "members_like",
@@ -77,7 +79,7 @@ __all__ = [
 ]
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (
-    LowRankLinear,
+    *(LowRankTurned, LowRankLinear),  # in this order: a TurnedLinear is a Linear too
     LowRankEmbedding,
     LowRankLSTM,
     LowRankGRU,

@@ -2,18 +2,41 @@
 
 Layers of one kind share the factors as they are; each keeps its own bias and geometry. An Embedding and the Linear that
 maps back to its tokens hold the same (n, d) matrix, A B' with A (n, r) and B (d, r): the Embedding looks up rows of A
-and multiplies by B', the Linear multiplies by B and then by A'.
+and multiplies by B', the Linear multiplies by B and then by A'. So it is with the two halves of an autoencoder that
+hold one matrix: x -> A (B' x) encodes and h -> B (A' h) decodes.
 """
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONVS, TRANSPOSED, FactorizedLayer, dense_linear
-from .chains import LowRankEmbedding
+from .base import CONVS, TRANSPOSED, FactorizedLayer, dense_linear, fill_dense
+from .chains import LowRankEmbedding, LowRankLinear
 
-__all__ = ["LowRankHead", "factors_of", "readable", "tie", "tied_reason"]
+__all__ = ["LowRankHead", "LowRankTurned", "TurnedLinear", "factors_of", "readable", "tie", "tied_reason"]
+
+
+class TurnedLinear(nn.Linear):
+    """``Linear(in, out)`` by another layer's weight turned round, which both hold: ``weight`` is (in, out).
+
+    What ``F.linear(h, encode.weight.T, bias)`` and ``h @ encode.weight`` are in a network of modules.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T, self.bias)
 
 
 class LowRankHead(FactorizedLayer):
@@ -45,6 +68,37 @@ class LowRankHead(FactorizedLayer):
         return self.bias
 
 
+class LowRankTurned(LowRankLinear):
+    """``TurnedLinear(in, out)`` as ``in -> rank -> out``, each link turned round like the whole.
+
+    The links' weights, A (n, r) and B' (r, d), can be the last and the first link of the Linear with the same weight.
+    """
+
+    replaces = (TurnedLinear,)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias, device, dtype)
+        self.first = TurnedLinear(in_features, rank, False, device, dtype)
+        self.last = TurnedLinear(rank, out_features, bias, device, dtype)
+
+    def dense_weight(self) -> Tensor:
+        return self.first.weight @ self.last.weight
+
+    def dense(self) -> TurnedLinear:
+        w = self.dense_weight()
+        layer = TurnedLinear(w.shape[0], w.shape[1], self.last.bias is not None, w.device, w.dtype)
+        fill_dense(layer, w, self.last.bias)
+        return layer
+
+
 def factors_of(layer: FactorizedLayer) -> dict[str, nn.Parameter]:
     """The parameters by name, without the bias."""
     return {name: p for name, p in layer.named_parameters() if p is not layer.output_bias}
@@ -54,19 +108,23 @@ def tie(layers: Mapping[str, nn.Module], made: Mapping[str, FactorizedLayer]) ->
     """Let the factorized layers ``made`` for dense ``layers`` of one weight have one set of factors.
 
     Raises:
-        ValueError: the layers cannot hold one weight, or the Embedding among them has factors that a Linear cannot use.
+        ValueError: the layers cannot hold one weight, or their factors do not serve it both as it is and turned round.
     """
     if reason := tied_reason(layers):
         raise ValueError(reason)
-    mixed = len({_kind(layer) for layer in layers.values()}) > 1
-    first = next(name for name, layer in layers.items() if isinstance(layer, nn.Embedding) or not mixed)
+    kinds = {_kind(layer) for layer in layers.values()}
+    whose = next(kind for kind in (nn.Embedding, nn.Linear, *kinds) if kind in kinds)
+    first = next(name for name, layer in layers.items() if _kind(layer) is whose)
     source = made[first]
+    if len(kinds) > 1 and not isinstance(source, LowRankEmbedding | LowRankLinear):
+        raise ValueError(f"{source.method} has no factors that serve a weight as it is and turned round: use svd")
     tied = dict(made)
     for name, layer in layers.items():
-        if mixed and isinstance(layer, nn.Linear):
-            if not isinstance(source, LowRankEmbedding):
-                raise ValueError(f"{source.method} has no factors that an Embedding and a Linear can share: use svd")
+        other = tied[name]
+        if isinstance(layer, nn.Linear) and isinstance(source, LowRankEmbedding):
             tied[name] = LowRankHead(layer, source)
+        elif isinstance(other, LowRankTurned) and isinstance(source, LowRankLinear) and whose is nn.Linear:
+            other.first.weight, other.last.weight = source.last.weight, source.first.weight
         elif name != first:
             whole = getattr(layer, "bias", None) is getattr(layers[first], "bias", None)  # the bias is one too
             for factor, parameter in dict(source.named_parameters()).items() if whole else factors_of(source).items():
@@ -90,18 +148,19 @@ def tied_reason(layers: Mapping[str, nn.Module]) -> str | None:
     """Why these layers cannot hold one weight and be replaced together, or None."""
     kinds = {_kind(layer) for layer in layers.values()}
     shapes = {(tuple(w.shape), getattr(m, "groups", 1)) for m in layers.values() if (w := _weight(m)) is not None}
-    alike = len(kinds) == 1 or kinds == {nn.Embedding, nn.Linear}
+    alike = len(kinds) == 1 or kinds in ({nn.Embedding, nn.Linear}, {nn.Linear, TurnedLinear})
     if len(layers) > 1 and None not in kinds and alike and len(shapes) == 1:
         return None
     what = {name: (type(m).__name__, *(() if (w := _weight(m)) is None else w.shape)) for name, m in layers.items()}
     return (
-        "layers that hold one weight are two or more Linears, Embeddings or convolutions of one kind and shape, or "
-        f"Embeddings and Linears, got {what}"
+        "layers that hold one weight are two or more Linears, Embeddings or convolutions of one kind and shape, "
+        f"Embeddings and Linears, or Linears of which some multiply with it turned round, got {what}"
     )
 
 
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in (nn.Embedding, nn.Linear, *CONVS, *TRANSPOSED) if isinstance(layer, kind)), None)
+    kinds = (nn.Embedding, TurnedLinear, nn.Linear, *CONVS, *TRANSPOSED)
+    return next((kind for kind in kinds if isinstance(layer, kind)), None)
 
 
 def _weight(layer: nn.Module) -> Tensor | None:

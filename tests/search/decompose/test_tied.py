@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from search import cost
 from search.calibrate import Statistics, collect
 from search.decompose import METHODS, Group, joint_method_of, same_weight
-from tenfold.layers import LowRankEmbedding, LowRankHead, members_like
+from tenfold.layers import LowRankEmbedding, LowRankHead, LowRankLinear, LowRankTurned, TurnedLinear, members_like
 
 from .conftest import smooth_input
 
@@ -40,6 +40,12 @@ def language_model() -> Group:
     return group(nn.Embedding(40, 12, padding_idx=0), nn.Linear(12, 40), nn.Embedding(40, 12))
 
 
+def autoencoder() -> Group:
+    """Two decoders that multiply with the encoder's weight turned round, one of them without bias."""
+    torch.manual_seed(0)
+    return group(nn.Linear(14, 10), TurnedLinear(10, 14), TurnedLinear(10, 14, bias=False))
+
+
 def inputs(of: Group) -> list[Tensor]:
     return [smooth_input(layer, samples=16, seed=i) for i, layer in enumerate(of.layers)]
 
@@ -60,6 +66,7 @@ CASES = [
     *(("svd", linears), ("tt_matrix", linears), ("shuffled_tt", linears), ("r_cp", linears)),
     *(("svd", convolutions), ("tucker2", convolutions), ("cp3", convolutions), ("spatial_svd", convolutions)),
     ("svd", language_model),
+    ("svd", autoencoder),
 ]
 EACH = pytest.mark.parametrize(("method", "make"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__)
 
@@ -130,7 +137,7 @@ def test_stated_errors_are_those_of_the_outputs(method: str, make: Callable[[], 
         assert error == pytest.approx(float(gap.square().sum() / whole.square().sum()), rel=tolerance, abs=1e-5)
 
 
-@pytest.mark.parametrize("make", [linears, convolutions, language_model])
+@pytest.mark.parametrize("make", [linears, convolutions, language_model, autoencoder])
 def test_it_is_exact_at_full_rank(make: Callable[[], Group]) -> None:
     of = make()
     full = min(of.shape[0], of.shape[1] * of.shape[2])
@@ -185,6 +192,41 @@ def test_a_language_models_factors_are_the_weighted_low_rank_approximation() -> 
     assert sum(fit.errors) == pytest.approx(best, rel=2e-2)
 
 
+def test_an_autoencoders_factors_are_the_best_for_both_sides() -> None:
+    """Against numpy: alternating normal equations, solved whole as Kronecker products, from several starts."""
+    of = autoencoder()
+    seen = known(of)
+    fit = joint_method_of("svd", {}).factorize(of, (4,), seen)
+    w = of.layers[0].weight.detach().double().numpy()
+    left, right = np.zeros((10, 10)), np.zeros((14, 14))
+    for layer, s in zip(of.layers, seen, strict=True):
+        side = left if isinstance(layer, TurnedLinear) else right
+        side += s.second[0].numpy() / float(s.energy.sum())
+    best = min(_both_sides(w, left, right, 4, seed) for seed in range(4))
+    assert sum(fit.errors) == pytest.approx(best, rel=2e-2)
+    alone = METHODS["svd"].factorize(of.layers[0], (4,), seen[0]).module.dense_weight().detach().double().numpy()
+    assert sum(fit.errors) < 0.9 * _error_of_both(w - alone, left, right)
+
+
+def _both_sides(w: np.ndarray, left: np.ndarray, right: np.ndarray, rank: int, seed: int) -> float:
+    b = np.random.default_rng(seed).standard_normal((w.shape[1], rank))
+    for _ in range(80):
+        a = _one_side(w, left, right, b)
+        b = _one_side(w.T, right, left, a)
+    return _error_of_both(w - a @ b.T, left, right)
+
+
+def _one_side(w: np.ndarray, left: np.ndarray, right: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A of ``left A B'B + A B' right B = left W B + W right B``."""
+    system = np.kron(left, b.T @ b) + np.kron(np.eye(len(w)), b.T @ right @ b)
+    wanted = left @ w @ b + w @ right @ b
+    return np.linalg.lstsq(system, wanted.reshape(-1), rcond=None)[0].reshape(wanted.shape)
+
+
+def _error_of_both(gap: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.trace(gap.T @ left @ gap) + np.trace(gap @ right @ gap.T))
+
+
 def _alternated(wanted: np.ndarray, weights: np.ndarray, rank: int, seed: int) -> float:
     right = np.random.default_rng(seed).standard_normal((wanted.shape[1], rank))
     for _ in range(80):
@@ -225,6 +267,18 @@ def test_the_head_is_the_embedding_turned_round() -> None:
     torch.testing.assert_close(embedding(torch.arange(40)), embedding.dense_weight())
 
 
+def test_the_decoder_is_the_encoder_turned_round() -> None:
+    of = autoencoder()
+    made = members_like(dict(zip(of.names, of.layers, strict=True)), "svd", (3,), of.members)
+    encoder, decoder = made["layer0"], made["layer1"]
+    assert isinstance(encoder, LowRankLinear)
+    assert isinstance(decoder, LowRankTurned)
+    torch.testing.assert_close(decoder.dense_weight(), encoder.dense_weight())
+    h = torch.randn(5, 10)
+    torch.testing.assert_close(decoder(h), h @ encoder.dense_weight() + decoder.last.bias)
+    torch.testing.assert_close(decoder(h), decoder.dense()(h))
+
+
 def test_layers_of_one_weight_are_found() -> None:
     network = nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "c": nn.Linear(4, 6), "d": nn.ReLU()})
     network["c"].weight = network["a"].weight
@@ -235,7 +289,10 @@ def test_layers_of_one_weight_are_found() -> None:
 def test_what_cannot_be_tied_says_why() -> None:
     apart = Group(("a", "b"), (nn.Linear(8, 8), nn.Linear(8, 8)), (2,))
     assert "their own" in str(joint_method_of("svd", {}).applies_to(apart))
-    assert "Embedding" in str(joint_method_of("tt_matrix", {}).applies_to(language_model()))
+    for make in (language_model, autoencoder):
+        assert "turned round" in str(joint_method_of("tt_matrix", {}).applies_to(make()))
+    soft = group(nn.Embedding(40, 12), TurnedLinear(40, 12))
+    assert "hold one weight are" in str(joint_method_of("svd", {}).applies_to(soft))
     assert "hold one weight" in str(joint_method_of("joint_tucker", {}).applies_to(linears()))
     with pytest.raises(ValueError, match="hold one weight"):
         members_like({"a": nn.Linear(8, 8), "b": nn.Linear(8, 6)}, "svd", (2,), {"a": (0,), "b": (1,)})

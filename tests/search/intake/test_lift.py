@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from search.intake import LiftedModel, first_output, load_model
 from search.intake.lifted import all_outputs
-from tenfold.layers import LowRankConv, LowRankLinear
+from tenfold.layers import LowRankConv, LowRankLinear, TurnedLinear
 
 Load = Callable[..., LiftedModel]
 
@@ -165,20 +165,91 @@ def test_tied_weights_stay_one_parameter(load: Load) -> None:
     assert not lifted.locked
 
 
-def test_a_weight_that_is_also_used_turned_round_stays_one_parameter_and_is_locked(load: Load) -> None:
-    class Autoencoder(nn.Module):
+class Autoencoder(nn.Module):
+    """``decode``: of the code, the encoder's weight and a bias. ``first``: it is called before the encoder, too."""
+
+    def __init__(self, decode: Callable[[Tensor, Tensor, Tensor], Tensor], first: bool = False) -> None:
+        super().__init__()
+        self.encode, self.shift = nn.Linear(12, 5), nn.Parameter(torch.randn(12))
+        self.decode, self.first = decode, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.decode(x[:, :5], self.encode.weight, self.shift) if self.first else x
+        return self.decode(torch.relu(self.encode(x)), self.encode.weight, self.shift)
+
+
+DECODERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda h, w, b: torch.nn.functional.linear(h, w.t(), b),
+    "matmul": lambda h, w, b: h @ w + b,
+    "addmm": lambda h, w, b: torch.addmm(b, h, w),
+    "turned twice": lambda h, w, b: torch.matmul(h, w.mT.transpose(0, 1)) + b,
+}
+
+
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_product_with_a_layers_weight_turned_round_is_a_layer_that_shares_it(
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor], first: bool, load: Load
+) -> None:
+    model, x = Autoencoder(decode, first).eval(), torch.randn(2, 12)
+    lifted = load(model, (x,))
+    encoder, decoder = lifted.module.get_submodule("encode"), lifted.module.get_submodule("encode_2")
+    assert type(encoder) is nn.Linear
+    assert isinstance(decoder, TurnedLinear)
+    assert decoder.weight is encoder.weight
+    assert not lifted.locked
+    assert not lifted.skipped
+    assert lifted.given("encode") == "encode"
+    assert lifted.given("encode_2") == "encode.weight"
+    assert sum(p.numel() for p in lifted.module.parameters()) == 12 * 5 + 5 + 12
+    torch.testing.assert_close(lifted.module(x), model(x))
+
+
+def test_a_weight_that_is_turned_round_and_computed_with_is_locked(load: Load) -> None:
+    model, x = Autoencoder(lambda h, w, b: h @ w + b * w.norm()).eval(), torch.randn(2, 12)
+    lifted = load(model, (x,))
+    assert all("outside the layer" in lifted.locked[name] for name in ("encode", "encode_2"))
+    torch.testing.assert_close(lifted.module(x), model(x))
+
+
+def test_a_module_that_holds_its_weight_turned_round_may_be_called_twice(load: Load) -> None:
+    class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encode = nn.Linear(12, 5)
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.encode(x)) @ self.encode.weight
+            return torch.addmm(self.bias, x, self.weight)
 
-    model, x = Autoencoder().eval(), torch.randn(2, 12)
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = Turned()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.relu(self.mix(x)))
+
+    model, x = Again().eval(), torch.randn(2, 6)
     lifted = load(model, (x,))
-    assert "outside the layer" in lifted.locked["encode"]
-    assert sum(p.numel() for p in lifted.module.parameters()) == 12 * 5 + 5
+    assert [n.target for n in lifted.module.graph.nodes if n.op == "call_module"] == ["mix", "mix"]
+    assert type(lifted.module.get_submodule("mix")) is nn.Linear
     torch.testing.assert_close(lifted.module(x), model(x))
+
+
+def test_a_weight_that_linear_gets_turned_round_alone_stays_in_its_call(load: Load) -> None:
+    """Held as a layer's own it would be stored turned round, and not fit the user's network."""
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(5, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.matrix.t())
+
+    lifted = load(Alone(), (torch.randn(2, 5),))
+    assert lifted.module.matrix.shape == (5, 12)
+    assert "computed from others" in lifted.skipped[0]
 
 
 HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -240,7 +311,14 @@ def test_recurrent_layers_of_one_weight_are_locked(load: Load) -> None:
 
     lifted = load(Two(), (torch.randn(2, 4, 6),))
     assert len(lifted.locked) == 2
-    assert all("shared with" in reason for reason in lifted.locked.values())
+    assert all("shared with" in reason and "all weights" in reason for reason in lifted.locked.values())
+
+
+def test_a_recurrent_layer_of_one_weight_in_two_places_is_locked(load: Load) -> None:
+    model = nn.GRU(6, 6, 2, batch_first=True)
+    model.weight_hh_l1 = model.weight_hh_l0
+    lifted = load(model, (torch.randn(2, 4, 6),))
+    assert ["several times" in reason for reason in lifted.locked.values()] == [True]
 
 
 def test_layers_that_cannot_be_lifted_are_reported(load: Load) -> None:
