@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from search.spec import Cost, CurvePoint, JobSpec, Plan, Profile, SiteChoice, SitePlan
 
-__all__ = ["Ground", "ground_of"]
+__all__ = ["Ground", "below", "ground_of"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def ground_of(spec: JobSpec, profile: Profile, parent: Plan | None) -> Ground:
         curves = {
             method: kept
             for method, curve in site.curves.items()
-            if (spec.methods == "auto" or method in spec.methods) and (kept := _below(curve, start))
+            if (spec.methods == "auto" or method in spec.methods) and (kept := below(curve, start))
         }
         if not curves and site.site not in together:
             continue
@@ -167,7 +167,8 @@ def _start_point(site: SiteChoice, plan: SitePlan | None) -> CurvePoint | None:
     return next((p for p in site.curves.get(plan.method, ()) if p.ranks == plan.ranks), None)
 
 
-def _below(curve: tuple[CurvePoint, ...], start: CurvePoint | None) -> tuple[CurvePoint, ...]:
+def below(curve: tuple[CurvePoint, ...], start: CurvePoint | None) -> tuple[CurvePoint, ...]:
+    """What still makes a site smaller than the ``start`` that it has already."""
     if start is None:
         return curve
     return tuple(

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,6 +19,7 @@ from search.chains import follow
 from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of, joint_method_of, method_of, same_weight
 from search.errors import BadRequest
 from search.fixed import check_fixed
+from search.ground import below
 from search.groups import find_groups
 from search.layout import Quick
 from search.matrices import matrices, weight_of
@@ -27,6 +28,7 @@ from search.recurrent import RECURRENT, named_matrices
 from search.sensitivity import PROBE_ERRORS, measure_rises
 from search.snapping import snapped
 from search.spec import CurvePoint, LayerInfo, Options, Plan, SiteChoice, SitePlan
+from search.vbmf import WEAKENINGS, analysed_form, weakened_ranks
 
 __all__ = ["measure_sites", "methods_of"]
 
@@ -170,29 +172,35 @@ def _group_choice(
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
     options = given.options if given else {}
-    for method_name in methods:
-        method = joint_method_of(method_name, options.get(method_name, {}))
-        curve = method.curve(group, known, positions, metrics=metrics)
-        if multiple > 1:
-            price = partial(method.cost, group, output_positions=positions, input_sizes=[s.input_sizes for s in known])
-            grid = len(group.grid) if method_name in JOINT_METHODS else 0
-            curve = snapped(curve, multiple, price, group.dense(positions), grid=grid)
-        if given and given.entry.method == method_name:
-            ranks, errors = given.entry.ranks, (0.0,) * len(group.names)
-            cost = method.cost(group, ranks, positions, input_sizes=[s.input_sizes for s in known])
-            if not given.held:
-                errors = method.factorize(group, ranks, known, metrics=metrics).errors
-            curve = _with_point(curve, ranks, cost, sum(errors) / len(errors), errors)
-        if curve:
-            curves[method_name] = tuple(_with_rise(p, [alone[n] for n in group.names]) for p in curve)
-            evbmf[method_name] = method.variational_ranks(group)
+    sizes = [s.input_sizes for s in known]
+    able = {name: joint_method_of(name, options.get(name, {})) for name in methods}
+
+    def price(method: str, ranks: tuple[int, ...]) -> tuple[int, int]:
+        return able[method].cost(group, ranks, positions, input_sizes=sizes)
+
+    def measured(method: str, ranks: tuple[int, ...], *, held: bool = False) -> CurvePoint:
+        lost = (0.0,) * len(known) if held else able[method].factorize(group, ranks, known, metrics=metrics).errors
+        return _point(ranks, price(method, ranks), sum(lost) / len(lost), lost)
+
     dense = group.dense(positions)
+    for method in methods:
+        curve = able[method].curve(group, known, positions, metrics=metrics)
+        if multiple > 1:
+            grid = len(group.grid) if method in JOINT_METHODS else 0
+            curve = snapped(curve, multiple, partial(price, method), dense, grid=grid)
+        if given and given.entry.method == method:
+            curve = _with_point(curve, measured(method, given.entry.ranks, held=given.held))
+        if curve:
+            curves[method] = curve
+            evbmf[method] = able[method].variational_ranks(group)
+    if multiple == 1 and not any(alone[n].curves for n in group.names):
+        curves = _with_starts(curves, evbmf, given, dense, price, measured)
     return SiteChoice(
         site=name,
         members={n: tuple(members[n]) for n in group.names},
         dense_parameters=dense[0],
         dense_macs=sum(info.macs for info in infos),
-        curves=curves,
+        curves={m: tuple(_with_rise(p, [alone[n] for n in group.names]) for p in c) for m, c in curves.items()},
         options=options,
         evbmf=evbmf,
         sensitivity=sum(alone[n].sensitivity for n in group.names),
@@ -218,24 +226,30 @@ def _choice(
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     evbmf: dict[str, tuple[int, ...]] = {}
     options = given.options if given else {}
-    for name in methods:
-        method = method_of(name, options.get(name, {}))
+    able = {name: method_of(name, options.get(name, {})) for name in methods}
+
+    def price(name: str, ranks: tuple[int, ...]) -> tuple[int, int]:
+        return able[name].cost(layer, ranks, positions, input_sizes=statistics.input_sizes)
+
+    def measured(name: str, ranks: tuple[int, ...], *, held: bool = False) -> CurvePoint:
+        error = 0.0 if held else able[name].factorize(layer, ranks, statistics, metric=importance).error
+        return _point(ranks, price(name, ranks), error)
+
+    # Of these, a curve may hold points that save parameters alone: it has compared their MACs.
+    dense = info.parameters, math.inf if isinstance(layer, (nn.Embedding, *RECURRENT)) else info.macs
+    for name, method in able.items():
         if method.applies_to(layer) is not None:
             continue
         curve = method.curve(layer, statistics, positions, metric=importance)
         if multiple > 1:
-            price = partial(method.cost, layer, output_positions=positions, input_sizes=statistics.input_sizes)
-            # Of these, a curve may hold points that save parameters alone: it has compared their MACs.
-            macs = math.inf if isinstance(layer, (nn.Embedding, *RECURRENT)) else info.macs
-            curve = snapped(curve, multiple, price, (info.parameters, macs))
+            curve = snapped(curve, multiple, partial(price, name), dense)
         if given and given.entry.method == name:
-            ranks = given.entry.ranks
-            cost = method.cost(layer, ranks, positions, input_sizes=statistics.input_sizes)
-            error = 0.0 if given.held else method.factorize(layer, ranks, statistics, metric=importance).error
-            curve = _with_point(curve, ranks, cost, error)
+            curve = _with_point(curve, measured(name, given.entry.ranks, held=given.held))
         if curve:
             curves[name] = curve
             evbmf[name] = method.variational_ranks(layer)
+    if multiple == 1:
+        curves = _with_starts(curves, evbmf, given, dense, price, measured)
     return SiteChoice(
         site=info.name,
         dense_parameters=info.parameters,
@@ -264,16 +278,42 @@ class _Given:
         return {self.entry.method: self.entry.options} if self.entry.options else {}
 
 
-def _with_point(
-    curve: tuple[CurvePoint, ...],
-    ranks: tuple[int, ...],
-    cost: tuple[int, int],
-    error: float,
-    errors: tuple[float, ...] = (),
-) -> tuple[CurvePoint, ...]:
-    """The curve with these ranks on it, in place of what it may have estimated for them."""
-    point = CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=error, errors=errors)
-    others = (p for p in curve if p.ranks != ranks)
+def _with_starts(
+    curves: Mapping[str, tuple[CurvePoint, ...]],
+    evbmf: Mapping[str, tuple[int, ...]],
+    given: "_Given | None",
+    dense: tuple[int, float],
+    price: Callable[[str, tuple[int, ...]], tuple[int, int]],
+    measured: Callable[[str, tuple[int, ...]], CurvePoint],
+) -> dict[str, tuple[CurvePoint, ...]]:
+    """The curves with the analytic ranks that a search starts from, of their one form, where they save anything.
+
+    ``price`` and ``measured``: parameters and MACs, and the whole point, of a method's ranks. None for a fixed site.
+    """
+    found = dict(curves)
+    if given and not given.held:
+        return found
+    held = [p for p in curves.get(given.entry.method, ()) if p.ranks == given.entry.ranks] if given else []
+    start = held[0] if held else None
+    most = (start.parameters, start.macs) if start else dense
+    open_curves = {method: below(curve, start) for method, curve in curves.items()}
+    form = analysed_form(open_curves)
+    if form is None:
+        return found
+    for ranks in dict.fromkeys(weakened_ranks(open_curves[form], evbmf[form], w) for w in WEAKENINGS):
+        parameters, macs = price(form, ranks)
+        if parameters < most[0] and macs <= most[1] and all(p.ranks != ranks for p in found[form]):
+            found[form] = _with_point(found[form], measured(form, ranks))
+    return found
+
+
+def _point(ranks: tuple[int, ...], cost: tuple[int, int], error: float, errors: tuple[float, ...] = ()) -> CurvePoint:
+    return CurvePoint(ranks=ranks, parameters=cost[0], macs=cost[1], error=error, errors=errors)
+
+
+def _with_point(curve: tuple[CurvePoint, ...], point: CurvePoint) -> tuple[CurvePoint, ...]:
+    """The curve with this point on it, in place of what it may have estimated for these ranks."""
+    others = (p for p in curve if p.ranks != point.ranks)
     return tuple(sorted((*others, point), key=lambda p: (p.parameters, p.macs)))
 
 

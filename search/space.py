@@ -4,7 +4,7 @@ Both turn the sampler's parameters into a ``Plan`` and know their first points. 
 space travel along untouched: ``start`` names a given first point, ``learning_rate_scale`` is read by training.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from search.allocate import allocate, equal_rate
 from search.ground import Ground
 from search.spec import LEARNING_RATE_SCALE, Cost, CurvePoint, JobSpec, Plan, SiteChoice, SitePlan
 from search.spec import Space as SpaceKind
-from search.vbmf import weakened
+from search.vbmf import WEAKENINGS, analysed_form, weakened_ranks
 
 __all__ = [
     "LOWEST",
@@ -42,10 +42,6 @@ _LATER_RATIOS = (0.7, 0.55, 0.85, 0.45, 0.62, 0.78, 0.35, 0.93)
 """The same at later stages, which start from a compressed network and go on in smaller steps."""
 _RATES = (0.33, 0.5)
 _LATER_RATES = (0.6, 0.8)
-_WEAKENING = 0.8
-"""MUSCO's default."""
-_ANALYSED = ("tucker2", "svd")
-"""MUSCO's forms, best first: of kernels and of matrices. Others follow where these are not to be had."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     rates = _RATES if first else _LATER_RATES
     every = (*ground.sites, *ground.groups)
     method = max(ground.methods, key=lambda m: sum(m in site.curves for site in every))
-    analysed = sorted(ground.methods, key=lambda m: _ANALYSED.index(m) if m in _ANALYSED else len(_ANALYSED))
+    weak, unweakened = WEAKENINGS
 
     def allocator(ratio: float) -> Start:
         plan = allocated(ground, ratio * ground.share({}, share), share, None, None)
@@ -202,8 +198,8 @@ def starts(spec: JobSpec, space: SearchSpace) -> Iterator[Start]:
     others = iter(
         (  # not computed before they are wanted
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[0], method))),
-            lambda: given("weakened", analytic(ground, analysed, _WEAKENING)),
-            lambda: given("evbmf", analytic(ground, analysed, 1.0)),
+            lambda: given("weakened", analytic(ground, weak)),
+            lambda: given("evbmf", analytic(ground, unweakened)),
             lambda: given("equal_rate", ground.complete(equal_rate(every, rates[1], method))),
         )
     )
@@ -237,22 +233,20 @@ def allocated(
     return ground.complete(plan)
 
 
-def analytic(ground: Ground, methods: Sequence[str], w: float) -> Plan:
+def analytic(ground: Ground, w: float) -> Plan:
     """The ranks of analytic variational Bayes, weakened: R - w (R - R_EVBMF) (MUSCO); w = 1 takes them as they are.
 
-    Each site by the first of ``methods`` that it has a curve of, at the curve's nearest point; layers together only
-    where they have none alone. R is the highest rank that still makes the site smaller than it is.
+    Each site by its ``analysed_form``, at the curve's nearest point: a profile has measured those of ``WEAKENINGS``
+    themselves where they make the site smaller and every rank may be taken. Layers together only where they have none
+    alone. R is the highest rank that still makes the site smaller than it is.
     """
     plan: Plan = {}
     for site in (*ground.sites, *ground.groups):
-        if not plan.keys().isdisjoint(site.members):
+        method = analysed_form(site.curves)
+        if method is None or method not in site.evbmf or not plan.keys().isdisjoint(site.members):
             continue
-        method = next((m for m in methods if site.curves.get(m)), methods[0])
-        curve, chosen = site.curves.get(method, ()), site.evbmf.get(method, ())
-        if not curve or len(chosen) != len(curve[0].ranks):
-            continue
-        full = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
-        wanted = [weakened(rank, most, w) for rank, most in zip(chosen, full, strict=True)]
+        curve = site.curves[method]
+        wanted = weakened_ranks(curve, site.evbmf[method], w)
         point = min(curve, key=lambda p: (sum(abs(a - b) for a, b in zip(p.ranks, wanted, strict=True)), p.ranks))
         plan[site.site] = site.entry(method, point)
     return ground.complete(plan)

@@ -506,7 +506,8 @@ class SiteChoice(Value):
     dense_macs: int
     curves: dict[str, tuple[CurvePoint, ...]]
     """Method to its points, cheapest first. None costs more than the dense layer and, of those that the method offers,
-    none is dominated; the point of a plan that is fixed, or that the stage starts from, is there in any case."""
+    none is dominated; the points of a plan that is fixed, that the stage starts from, and of the analytic ranks that a
+    search starts at are there in any case."""
     options: dict[str, Options] = Field(default_factory=dict)
     """Method to the options that its curve was measured with, where it has any."""
     evbmf: dict[str, tuple[int, ...]] = Field(default_factory=dict)

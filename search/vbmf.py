@@ -1,12 +1,20 @@
 """Ranks by analytic variational Bayes (Nakajima et al. 2013), as MUSCO uses them. Imports no torch."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-__all__ = ["evbmf_rank", "weakened"]
+from search.spec import CurvePoint
+
+__all__ = ["WEAKENINGS", "analysed_form", "evbmf_rank", "weakened", "weakened_ranks"]
+
+WEAKENINGS = (0.8, 1.0)
+"""The w that a search starts from: MUSCO's default, and EVBMF's ranks as they are."""
+_FORMS = ("tucker2", "svd")
+"""MUSCO's forms, best first: of kernels and of matrices. Others follow by name where these are not to be had."""
 
 
 def evbmf_rank(matrix: NDArray[np.floating], shape: tuple[int, int] | None = None) -> int:
@@ -43,6 +51,22 @@ def evbmf_rank(matrix: NDArray[np.floating], shape: tuple[int, int] | None = Non
 def weakened(rank: int, full: int, w: float) -> int:
     """MUSCO's weakened rank ``R - w (R - R_EVBMF)``, rounded down, at least 1: w = 0 keeps all, w = 1 takes EVBMF's."""
     return max(1, min(full, int(full - w * (full - rank))))
+
+
+def analysed_form(curves: Mapping[str, Sequence[CurvePoint]]) -> str | None:
+    """The method whose ranks are analysed, of those with points on their curve; None where there is none."""
+    able = [method for method, curve in curves.items() if curve]
+    return min(able, key=lambda m: (_FORMS.index(m) if m in _FORMS else len(_FORMS), m), default=None)
+
+
+def weakened_ranks(curve: Sequence[CurvePoint], chosen: Sequence[int], w: float) -> tuple[int, ...]:
+    """EVBMF's ranks ``chosen``, weakened towards the highest ranks of the ``curve``, which still make the site smaller.
+
+    Raises:
+        ValueError: the curve is empty, or its points have another number of ranks.
+    """
+    highest = [max(ranks) for ranks in zip(*(p.ranks for p in curve), strict=True)]
+    return tuple(weakened(rank, most, w) for rank, most in zip(chosen, highest, strict=True))
 
 
 def _noise(spectrum: NDArray[np.float64], small: int, large: int, x_bar: float) -> float:

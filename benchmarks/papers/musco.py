@@ -142,7 +142,7 @@ def _steps(
         original = original or profile
         last = step == len(weakenings) - 1
         rung = Rung.FULL if last else Rung.SHORT
-        plan = analytic(ground_of(session.bench.spec, profile, plan), METHODS, w)
+        plan = analytic(ground_of(session.bench.spec, profile, plan), w)
         work = TrialWork(number=step, stage=step, parent=None, params={}, plan=plan, rung=rung, epochs=each)
         if first is None:
             cheap = work.model_copy(update={"rung": Rung.CHEAP, "epochs": 0.0})

@@ -26,6 +26,7 @@ from search.ground import ground_of
 from search.latency import Latency
 from search.reconstruct import reconstruct
 from search.session import Session, inspect_data, inspect_model
+from search.space import analytic
 from search.spec import (
     Budget,
     Cost,
@@ -48,6 +49,7 @@ from search.spec import (
     TrialState,
     TrialWork,
 )
+from search.vbmf import evbmf_rank
 from tenfold import exporting
 from tenfold.applying import apply
 from tenfold.layers.chains import LowRankLinear
@@ -410,6 +412,27 @@ def test_a_second_stage_starts_from_the_tuned_network_and_never_grows(job: Opene
         wanted, original = tuned(*inputs), session.bench.original(*inputs)
         forgotten = (original - wanted).norm()
         assert (again(*inputs) - wanted).norm() < 0.2 * forgotten  # what it had learnt is still there
+
+
+@pytest.mark.parametrize("w", [0.8, 1.0])
+def test_a_search_starts_at_the_very_ranks_of_variational_bayes(job: Opened, w: float) -> None:
+    """As numpy finds them in the two unfoldings; their error is what the outputs lose on the calibration data."""
+    session, profile = job.session, job.profile
+    conv2 = session.bench.original.get_submodule("conv2")
+    weight = conv2.weight.detach().double().numpy()
+    chosen = [evbmf_rank(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)) for axis in (1, 0)]
+    curve = next(site.curves["tucker2"] for site in profile.sites if site.site == "conv2")
+    wanted = []
+    for rank, highest in zip(chosen, np.array([p.ranks for p in curve]).max(0), strict=True):
+        wanted.append(max(1, min(highest, math.floor(highest - w * (highest - rank)))))
+    plan = analytic(ground_of(session.bench.spec, profile, None), w)
+    assert plan["conv2"] == SitePlan(method="tucker2", ranks=tuple(wanted))
+    point = next(p for p in curve if p.ranks == tuple(wanted))
+    original, batches = session.bench.original, session.bench.calibration
+    compressed = reconstruct(original, original, {"conv2": plan["conv2"]}, lambda: batches, sequential=False)
+    before, after = (copy.deepcopy(n.get_submodule("conv2")) for n in (original, compressed))
+    lost = true_error(before, after, inputs_of(original, "conv2", batches))
+    assert point.error == pytest.approx(lost, rel=0.02)
 
 
 def test_a_lost_parent_is_an_outcome_with_advice(job: Opened, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_analytic_ranks_are_of_tucker_for_kernels_and_of_svd_for_matrices() -> N
 def test_analytic_ranks_leave_no_layer_at_two_sites() -> None:
     surface, spec = Surface(1, blocks=3, max_drop=0.03), job()
     ground = ground_of(spec, grouped(surface), None)
-    plan = analytic(ground, ("joint_tucker", "tucker2", "svd"), 1.0)
+    plan = analytic(ground, 1.0)
     alone = [name for name, entry in plan.items() if not entry.members]
     together = [name for entry in plan.values() for name in entry.members]
     assert len({*alone, *together}) == len(alone) + len(together)
