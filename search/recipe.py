@@ -17,7 +17,7 @@ _RANGE = (1.0, 2.0)
 _HOT = 0.3
 """From this share of the trivial answer's loss on, a start has so much to learn that no training is cooled."""
 _COOLEST = 0.1
-_SOFT = 0.3
+_SOFT = 0.2
 """Share of the largest entropy, log(classes), that softened answers have."""
 _TEMPERATURES = (1.0, 4.0)
 _ADAPTIVE = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
@@ -52,7 +52,7 @@ def temperature_of(recipe: FineTune, logits: Tensor) -> float:
 
     One that is sure of itself says little beside the label, and softening brings out what else it knows. One that is
     not says it as it is, and softening drowns that in classes which never come (docs/decisions/0023). So: the least
-    temperature, from 1 to 4, at which the answers' mean entropy is 0.3 of the largest.
+    temperature, from 1 to 4, at which the answers' mean entropy is 0.2 of the largest.
     """
     if recipe.temperature != "auto":
         return recipe.temperature

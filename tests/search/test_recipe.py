@@ -38,7 +38,7 @@ def test_a_short_training_is_the_cooler_the_better_its_start_is() -> None:
 
 @pytest.mark.parametrize(
     ("margin", "classes", "low", "high"),
-    [(0.0, 10, 1, 1), (1.0, 143, 1, 1), (6.0, 10, 1.2, 1.8), (60.0, 10, 4, 4)],
+    [(0.0, 10, 1, 1), (1.0, 143, 1, 1), (6.0, 10, 1.05, 1.8), (60.0, 10, 4, 4)],
 )
 def test_the_surer_the_original_the_more_its_answers_are_softened(
     margin: float, classes: int, low: float, high: float
@@ -50,5 +50,5 @@ def test_the_surer_the_original_the_more_its_answers_are_softened(
     if 1.01 < t < 3.99:
         p = np.exp(logits.double().numpy() / t)
         p /= p.sum(-1, keepdims=True)
-        assert -(p * np.log(p)).sum(-1).mean() == pytest.approx(0.3 * np.log(classes), rel=1e-3)
+        assert -(p * np.log(p)).sum(-1).mean() == pytest.approx(0.2 * np.log(classes), rel=1e-3)
     assert temperature_of(FineTune(temperature=9), logits) == 9
