@@ -188,8 +188,10 @@ def _times(matrix: Tensor, y: Tensor) -> Tensor:
         if groups == 1:
             return torch.matmul(y.reshape(batch * items, k), matrix[0].T)
         return torch.matmul(y.reshape(batch, groups, items, k), matrix.mT)
-    # One matrix for all is not spread over the batch in training: torch then makes one product of it.
-    return torch.matmul(matrix[0] if groups == 1 else matrix[:, None], y)
+    # A matrix without axes before is folded into one product with all of y, which turns y and the result: for gradients
+    # alone, which would else be made item by item.
+    alone = groups == 1 and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.matmul(matrix[0] if alone else matrix[:, None], y)
 
 
 def joined(cores: Sequence[Tensor], parts: Sequence[int], groups: int = 1) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import tensorly
 import torch
 from tensorly.decomposition import parafac, tucker
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from search.decompose import METHODS, r_cp, r_tucker
@@ -309,3 +310,33 @@ def test_few_large_terms_are_contracted_and_many_are_multiplied_out() -> None:
     few, many = (cp_way((16, 32), (16, 32), rank, 9, 1, 1, (49, 49))[0] for rank in (2, 200))
     assert few != "dense"
     assert many == "dense"
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("exported", [False, True])
+def test_states_between_factors_keep_their_places(exported: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = (
+        factorized_like(nn.Conv2d(64, 64, 3, padding=1), "r_tucker", (4, 4, 6, 5)).eval(),
+        torch.randn(4, 64, 9, 9),
+    )
+    run: nn.Module = layer
+    if exported:
+        dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+        run = torch.export.export(layer, (x,), dynamic_shapes=dynamic).module()
+    with torch.no_grad(), Operators() as seen:
+        run(x)
+    assert seen.names.count("bmm") == 4
+    assert not {"clone", "copy_"} & set(seen.names)
