@@ -88,7 +88,7 @@ class RCP:
         if isinstance(layer, nn.Linear):
             return parameters, linear_way(cp_shape(modes.s, modes.t, r), output_positions)[1].macs
         positions = input_positions(layer, output_positions, input_sizes), output_positions
-        return parameters, cp_way(modes.s, modes.t, r, modes.taps, modes.groups, 1, positions)[1].macs
+        return parameters, cp_way(modes.s, modes.t, r, modes.kernel, modes.groups, 1, positions)[1].macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         """Its rank is that of no unfolding; (s1, t1) against the rest bounds it from below."""

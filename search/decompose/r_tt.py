@@ -6,6 +6,7 @@ The kernel of one group is the matrix out x (in * taps) with row digits (o_1 .. 
 Parameters of a group: sum_k r_{k-1} o_k i_k r_k + taps r_d.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -40,10 +41,10 @@ class RTT(TTMatrix):
     ) -> tuple[int, int]:
         conv = conv_of(layer)
         shape = TTShape(*self._channel_modes(layer), tuple(ranks))
-        taps, r = conv.weight[0, 0].numel(), ranks[-1]
+        kernel, r = tuple(conv.kernel_size), ranks[-1]
         positions = input_positions(layer, output_positions, input_sizes), output_positions
-        _, work = conv_way(shape, taps, conv.groups, 1, positions)
-        return conv.groups * (shape.parameters + r * taps) + bias_parameters(layer), work.macs
+        _, work = conv_way(shape, kernel, conv.groups, 1, positions)
+        return conv.groups * (shape.parameters + r * math.prod(kernel)) + bias_parameters(layer), work.macs
 
     def _channel_modes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         groups, weight = geometry(layer)

@@ -72,10 +72,10 @@ class RTucker:
         modes = modes_of(layer)
         before = input_positions(layer, output_positions, input_sizes)
         if isinstance(layer, nn.Linear):
-            _, work = tucker_way(modes.s, modes.t, tuple(ranks), 0, 1, output_positions, (1, 1))
+            _, work = tucker_way(modes.s, modes.t, tuple(ranks), (), 1, output_positions, (1, 1))
         else:
             positions = before, output_positions
-            _, work = tucker_way(modes.s, modes.t, tuple(ranks), modes.taps, modes.groups, 1, positions)
+            _, work = tucker_way(modes.s, modes.t, tuple(ranks), modes.kernel, modes.groups, 1, positions)
         return _count(modes, ranks) + bias_parameters(layer), work.macs
 
     def variational_ranks(self, layer: nn.Module) -> tuple[int, ...]:

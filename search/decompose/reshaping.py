@@ -24,9 +24,14 @@ class Modes:
     groups: int
     s: tuple[int, int]
     t: tuple[int, int]
-    taps: int
+    kernel: tuple[int, ...]
+    """Empty for a Linear."""
     stride: int
     """Input positions an output position."""
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
 
     @property
     def dense(self) -> int:
@@ -37,8 +42,8 @@ class Modes:
 def modes_of(layer: nn.Module) -> Modes:
     groups, weight = geometry(layer)
     sources = int(layer.in_channels) // groups if isinstance(layer, CONVS) else weight.shape[2]
-    stride = math.prod(layer.stride) if isinstance(layer, CONVS) else 1
-    return Modes(groups, balanced(sources), balanced(weight.shape[1]), weight.shape[2] // sources, stride)
+    kernel, stride = (layer.kernel_size, math.prod(layer.stride)) if isinstance(layer, CONVS) else ((), 1)
+    return Modes(groups, balanced(sources), balanced(weight.shape[1]), tuple(kernel), stride)
 
 
 def reshaped_reason(layer: nn.Module, method: str) -> str | None:

@@ -128,7 +128,9 @@ def train_way(shape: TTShape, batch: int, positions: int, groups: int) -> tuple[
 
 
 @lru_cache(maxsize=4096)
-def conv_way(shape: TTShape, taps: int, groups: int, batch: int, positions: tuple[int, int]) -> tuple[Way, Work]:
+def conv_way(
+    shape: TTShape, kernel: tuple[int, ...], groups: int, batch: int, positions: tuple[int, int]
+) -> tuple[Way, Work]:
     """The quickest way for a convolution with ``positions`` of its input and of its output, and its work.
 
     From the first core it convolves at the end, one channel from r_d; from the last one at the beginning, one to r_d.
@@ -138,19 +140,19 @@ def conv_way(shape: TTShape, taps: int, groups: int, batch: int, positions: tupl
     ways = {}
     for way in shape.ways():
         if way.begin == "first":
-            spatial = convolution(1, r, taps, positions, batch * out, groups)
+            spatial = convolution(1, r, kernel, positions, batch * out, groups)
             work = shape.contraction(way, batch, before, groups) + spatial
         else:
-            spatial = convolution(r, 1, taps, positions, batch * in_, groups)
+            spatial = convolution(r, 1, kernel, positions, batch * in_, groups)
             work = spatial + shape.contraction(way, batch, behind, groups)
         if groups > 1:  # which the spatial core wants side by side
             work += copy(batch * groups * in_ * before) + copy(batch * groups * out * behind)
         ways[way] = work, shape.joining(way.parts, groups)
     whole = (len(shape.ranks),)
-    dense = convolution(out, in_, taps, positions, batch, groups)
+    dense = convolution(out, in_, kernel, positions, batch, groups)
     ways[Way("first", whole, is_dense=True)] = (
         dense,
-        shape.joining(whole, groups) + product(out * in_, r, taps, groups),
+        shape.joining(whole, groups) + product(out * in_, r, math.prod(kernel), groups),
     )
     way = quickest(ways, dense.macs)
     return way, ways[way][0]

@@ -33,8 +33,11 @@ LANES = 16
 """Columns that a product takes at once: fewer are no quicker."""
 BLOCK = 16
 """Channels."""
-CALL, ITEM = 10_000.0, 100.0
-"""Nanoseconds that an operator takes whatever its size, and each product of a batch."""
+SMALL = 20480
+"""Elements of an image's first two axes: a single one of at most so many torch convolves by itself, not with oneDNN."""
+CALL, VIEWS, ITEM = 10_000.0, 10_000.0, 100.0
+"""Nanoseconds that an operator takes whatever its size, the views around a product or a copy, and each product of
+a batch."""
 WRITTEN = ((2**19, 0.4), (2**23, 0.8), (float("inf"), 1.6))
 """Nanoseconds an element of a result of at most so many: in the second cache, in memory at hand, in memory that the
 system hands out anew (at 32 MiB)."""
@@ -62,23 +65,32 @@ def product(m: int, k: int, n: int, items: int = 1) -> Work:
     macs = items * m * k * n
     padded = macs // n * max(n, LANES)
     moved = _written(items * m * n) + _written(items * k * n) / 2
-    return Work(macs, CALL + items * ITEM + padded / RATE + moved)
+    return Work(macs, CALL + VIEWS + items * ITEM + padded / RATE + moved)
 
 
-def convolution(out: int, in_: int, taps: int, positions: tuple[int, int], images: int, groups: int = 1) -> Work:
+def convolution(
+    out: int, in_: int, kernel: tuple[int, ...], positions: tuple[int, int], images: int, groups: int = 1
+) -> Work:
     """Of ``in_`` channels to ``out``, of each group, from ``positions`` of an input to those of an output.
 
-    Images go to blocks of channels and come back; a block is ``BLOCK`` channels wide, however few there are.
+    Images go to blocks of ``BLOCK`` channels, all of which are computed, and come back; fewer than a block are read as
+    they are, but written as one. A single small image is unfolded, and its patches are multiplied.
     """
     before, behind = (images * groups * n for n in positions)
+    taps = math.prod(kernel)
     macs = out * in_ * taps * behind
-    blocks = _written(_blocked(in_) * before) + _written(_blocked(out) * behind) + _written(out * behind)
-    return Work(macs, CALL + macs / CONVOLVED + blocks)
+    # Torch counts an image's first two axes, of about so many positions, and looks at the kernel's last two.
+    plane = positions[0] ** (min(2, len(kernel)) / len(kernel))
+    if images == groups == 1 and in_ * plane <= SMALL and min((1, *kernel)[-2:]) <= 3:
+        return Work(macs, CALL + macs / RATE + _written(in_ * taps * behind) + _written(out * behind))
+    read, written = in_ if in_ < BLOCK else _blocked(in_), _blocked(out)
+    moved = _written(read * before) + _written(written * behind) + _written(out * behind)
+    return Work(macs, CALL + written * read * taps * behind / CONVOLVED + moved)
 
 
 def copy(elements: int) -> Work:
     """To another order of the axes."""
-    return Work(0, CALL + _written(elements) + SHUFFLED * elements)
+    return Work(0, CALL + VIEWS + _written(elements) + SHUFFLED * elements)
 
 
 def quickest(ways: Mapping[Way, tuple[Work, Work]], macs: int) -> Way:

@@ -52,14 +52,14 @@ def cp_shape(s: Pair, t: Pair, rank: int) -> TTShape:
 
 @lru_cache(maxsize=4096)
 def cp_way(
-    s: Pair, t: Pair, rank: int, taps: int, groups: int, batch: int, positions: tuple[int, int]
+    s: Pair, t: Pair, rank: int, kernel: tuple[int, ...], groups: int, batch: int, positions: Pair
 ) -> tuple[Order, Work]:
     """The quickest way for an ``r_cp`` convolution with ``positions`` of its input and of its output, and its work.
 
     ``spatial_first`` and ``spatial_last``: the spatial convolution before or after the channels' contractions.
     """
     before, behind = positions
-    sources, targets = math.prod(s), math.prod(t)
+    sources, targets, taps = math.prod(s), math.prod(t), math.prod(kernel)
     (first, rest), (mid, target) = (s, t) if not _second_first(s, t) else (s[::-1], t[::-1])
     each = batch * groups
 
@@ -68,7 +68,7 @@ def cp_way(
         return product(mid, first, rest * n, items) + product(target, rest * summed, n, each * mid * rank // summed)
 
     spatial_first = (
-        convolution(rank, 1, taps, positions, batch * sources, groups)
+        convolution(rank, 1, kernel, positions, batch * sources, groups)
         + copy(each * rank * sources * behind)
         + ends(behind, each * rank, rank)
         + copy(each * rank * mid * rest * behind)
@@ -76,9 +76,9 @@ def cp_way(
     spatial_last = (
         ends(before, each * rank, 1)
         + copy(each * rank * targets * before)
-        + convolution(1, rank, taps, positions, batch * targets, groups)
+        + convolution(1, rank, kernel, positions, batch * targets, groups)
     )
-    dense = convolution(targets, sources, taps, positions, batch, groups)
+    dense = convolution(targets, sources, kernel, positions, batch, groups)
     build = product(targets * sources // (t[1] * s[1]), rank, t[1] * s[1] * taps, groups)
     ways: dict[Order, tuple[Work, Work]] = {
         "spatial_first": (spatial_first, Work()),
@@ -91,23 +91,24 @@ def cp_way(
 
 @lru_cache(maxsize=4096)
 def tucker_way(
-    s: Pair, t: Pair, ranks: tuple[int, ...], taps: int, groups: int, batch: int, positions: tuple[int, int]
+    s: Pair, t: Pair, ranks: tuple[int, ...], kernel: tuple[int, ...], groups: int, batch: int, positions: Pair
 ) -> tuple[TuckerWay, Work]:
     """The quickest way for ``r_tucker`` with ``positions`` of its input and of its output, and its work.
 
-    For a Linear, ``taps`` is 0 and ``batch`` its rows.
+    For a Linear, ``kernel`` is empty and ``batch`` its rows.
     """
     low, high = math.prod(ranks[:2]), math.prod(ranks[2:])
     sources, targets = math.prod(s), math.prod(t)
     into, into_work, into_made = train_way(_side(s, ranks[:2]), batch, positions[0], groups)
     out_of, out_work, out_made = train_way(_side(ranks[2:], t), batch, positions[1], groups)
-    if taps:
-        core = convolution(high, low, taps, positions, batch, groups)
-        dense = convolution(targets, sources, taps, positions, batch, groups)
+    if kernel:
+        core = convolution(high, low, kernel, positions, batch, groups)
+        dense = convolution(targets, sources, kernel, positions, batch, groups)
     else:
         core, dense = product(high, low, batch), product(targets, sources, batch)
-    each = groups * max(1, taps)
-    build = product(high, low, sources, each) + product(targets, high, sources * max(1, taps), groups)
+    taps = math.prod(kernel)
+    each = groups * taps
+    build = product(high, low, sources, each) + product(targets, high, sources * taps, groups)
     ways: dict[TuckerWay, tuple[Work, Work]] = {
         (into, out_of): (into_work + core + out_work, into_made + out_made),
         None: (dense, build + copy(each * targets * sources)),
@@ -320,7 +321,7 @@ class ReshapedTuckerLinear(_Tucker, FactorizedLayer):
         return cls(layer.in_features, layer.out_features, ranks, layer.bias is not None, w.device, w.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        way, _ = tucker_way(self.s, self.t, self.ranks, 0, 1, rows_of(x), (1, 1))
+        way, _ = tucker_way(self.s, self.t, self.ranks, (), 1, rows_of(x), (1, 1))
         return self.along(way, x)
 
     def along(self, way: TuckerWay, x: Tensor) -> Tensor:
@@ -356,8 +357,7 @@ class ReshapedCPConv(_CP, ConvChain):
     def forward(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
         positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
-        taps = math.prod(self.kernel_size)
-        order, _ = cp_way(self.s, self.t, self.ranks[0], taps, self.groups, batch_of(x), positions)
+        order, _ = cp_way(self.s, self.t, self.ranks[0], self.kernel_size, self.groups, batch_of(x), positions)
         return self.along(order, x)
 
     def along(self, order: Order, x: Tensor) -> Tensor:
@@ -409,8 +409,7 @@ class ReshapedTuckerConv(_Tucker, ConvChain):
     def forward(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
         positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
-        taps = math.prod(self.kernel_size)
-        way, _ = tucker_way(self.s, self.t, self.ranks, taps, self.groups, batch_of(x), positions)
+        way, _ = tucker_way(self.s, self.t, self.ranks, self.kernel_size, self.groups, batch_of(x), positions)
         return self.along(way, x)
 
     def along(self, way: TuckerWay, x: Tensor) -> Tensor:

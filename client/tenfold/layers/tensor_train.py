@@ -196,7 +196,7 @@ class RTTConv(Keeping, ConvChain):
     def forward(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
         positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
-        way, _ = conv_way(self.shape, math.prod(self.kernel_size), self.groups, batch_of(x), positions)
+        way, _ = conv_way(self.shape, self.kernel_size, self.groups, batch_of(x), positions)
         return self.along(way, x)
 
     def along(self, way: Way, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """``r_cp`` and ``r_tucker``: channels as two modes each."""
 
+import math
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -301,13 +302,14 @@ def test_a_batch_multiplies_as_often_as_planned(channels: int, rank: int, stride
     x = torch.randn(3, channels, 6, 6)
     positions = 36, 36 // stride**2
     cp = factorized_like(layer, "r_cp", (rank,)).eval()
-    assert multiplied(lambda: cp(x)) == cp_way(cp.s, cp.t, rank, 9, 1, 3, positions)[1].macs
+    assert multiplied(lambda: cp(x)) == cp_way(cp.s, cp.t, rank, (3, 3), 1, 3, positions)[1].macs
     tucker = factorized_like(layer, "r_tucker", (4, 5, 3, 4)).eval()
-    assert multiplied(lambda: tucker(x)) == tucker_way(tucker.s, tucker.t, (4, 5, 3, 4), 9, 1, 3, positions)[1].macs
+    way = tucker_way(tucker.s, tucker.t, (4, 5, 3, 4), (3, 3), 1, 3, positions)
+    assert multiplied(lambda: tucker(x)) == way[1].macs
 
 
 def test_few_large_terms_are_contracted_and_many_are_multiplied_out() -> None:
-    few, many = (cp_way((16, 32), (16, 32), rank, 9, 1, 1, (49, 49))[0] for rank in (2, 200))
+    few, many = (cp_way((16, 32), (16, 32), rank, (3, 3), 1, 1, (49, 49))[0] for rank in (2, 200))
     assert few != "dense"
     assert many == "dense"
 
@@ -328,10 +330,8 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("exported", [False, True])
 def test_states_between_factors_keep_their_places(exported: bool) -> None:
     torch.manual_seed(0)
-    layer, x = (
-        factorized_like(nn.Conv2d(64, 64, 3, padding=1), "r_tucker", (4, 4, 6, 5)).eval(),
-        torch.randn(4, 64, 9, 9),
-    )
+    layer = factorized_like(nn.Conv2d(64, 64, 3, padding=1), "r_tucker", (4, 4, 6, 5)).eval()
+    x = torch.randn(4, 64, 9, 9)
     run: nn.Module = layer
     if exported:
         dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
@@ -340,3 +340,12 @@ def test_states_between_factors_keep_their_places(exported: bool) -> None:
         run(x)
     assert seen.names.count("bmm") == 4
     assert not {"clone", "copy_"} & set(seen.names)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("sizes", [(9, 9, 9), (4, 7, 7)], ids=str)
+def test_few_terms_of_one_volume_are_contracted(sizes: tuple[int, ...], stride: int) -> None:
+    layer = nn.Conv3d(64, 64, 3, padding=1, stride=stride)
+    cp = factorized_like(layer, "r_cp", (2,))
+    positions = math.prod(sizes), math.prod(cp.output_sizes(sizes))
+    assert cp_way(cp.s, cp.t, 2, cp.kernel_size, 1, 1, positions)[0] != "dense"

@@ -298,15 +298,15 @@ def test_every_way_of_a_convolution_computes_the_same(way: Way) -> None:
 def test_few_rows_go_along_the_cores_and_small_kernels_are_built() -> None:
     large, small = TTShape((8,) * 4, (8,) * 4, (8, 8, 8, 1)), TTShape((4,) * 3, (4,) * 3, (7,) * 3)
     assert len(linear_way(large, 1)[0].parts) > 1
-    assert conv_way(small, 9, 1, 32, (784, 784))[0].is_dense
-    assert not conv_way(TTShape((8,) * 3, (8,) * 3, (2,) * 3), 9, 1, 1, (49, 49))[0].is_dense
+    assert conv_way(small, (3, 3), 1, 32, (784, 784))[0].is_dense
+    assert not conv_way(TTShape((8,) * 3, (8,) * 3, (2,) * 3), (3, 3), 1, 1, (49, 49))[0].is_dense
 
 
 def test_a_kept_product_follows_its_cores() -> None:
     torch.manual_seed(0)
     layer = RTTConv(16, 16, (3, 3), (7, 7, 7), padding=1).eval()
     x = torch.randn(4, 16, 9, 9)
-    assert conv_way(layer.shape, 9, 1, 4, (81, 81))[0].is_dense
+    assert conv_way(layer.shape, (3, 3), 1, 4, (81, 81))[0].is_dense
     with torch.no_grad():
         before = layer(x)
         layer.cores[0].mul_(2)
