@@ -9,7 +9,9 @@ with backward in training; the part of the saved multiplications that is saved i
 layer.
 Then the timing of Novikov et al. (2015), section 6.3: 25088 x 4096 at TT-rank 4, 1 and 100 images.
 
-Seconds are CPU seconds of a process with one thread, medians of runs that take turns.
+Seconds are CPU seconds of a process with one thread, medians of runs that take turns. Forward, a convolution gets its
+images in both layouts and each way of computing it has the quicker one, as the files of a network have
+(``search/layout.py``).
 """
 
 import argparse
@@ -105,7 +107,12 @@ def compare(
         y = layer(x)
     positions = y[0, 0].numel() if shape.kernel else 1
     macs = layer.weight.numel() * positions
-    calls: dict[str, Callable[[], object]] = {"dense forward": partial(_forward, layer, x)}
+    layouts = {"channels first": x}
+    if shape.kernel:
+        layouts["channels last"] = x.contiguous(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], object]] = {
+        f"dense forward, {layout}": partial(_forward, layer, laid) for layout, laid in layouts.items()
+    }
     if train:
         calls["dense train"] = partial(_train, copy.deepcopy(layer).train(), x)
     made: dict[str, tuple[str, FactorizedLayer, int, int]] = {}
@@ -125,14 +132,20 @@ def compare(
             module = factorized_like(layer, name, ranks).eval()
             key = f"{name} {share}"
             made[key] = (name, module, *costs[ranks])
-            calls[f"{key} forward"] = partial(_forward, module, x)
-            calls[f"{key} rebuild"] = partial(_rebuilt, module, layer, x)
+            for layout, laid in layouts.items():
+                calls[f"{key} forward, {layout}"] = partial(_forward, module, laid)
+                calls[f"{key} rebuild, {layout}"] = partial(_rebuilt, module, layer, laid)
             if train:
                 calls[f"{key} train"] = partial(_train, copy.deepcopy(module).train(), x)
     seconds = medians(calls)
+
+    def quicker(what: str) -> tuple[float, str]:
+        return min((seconds[f"{what}, {layout}"], layout) for layout in layouts)
+
+    dense, _ = quicker("dense forward")
     rows = []
     for key, (name, module, parameters, own) in made.items():
-        forward = seconds[f"{key} forward"]
+        forward, layout = quicker(f"{key} forward")
         row: dict[str, Any] = {
             "layer": str(shape),
             "batch": batch,
@@ -140,11 +153,12 @@ def compare(
             "ranks": module.ranks,
             "parameters": parameters / layer.weight.numel(),
             "macs_saved": macs / own,
-            "dense": seconds["dense forward"],
+            "layout": layout,
+            "dense": dense,
             "forward": forward,
-            "rebuild": seconds[f"{key} rebuild"],
-            "speedup": seconds["dense forward"] / forward,
-            "achieved": seconds["dense forward"] / forward / (macs / own),
+            "rebuild": quicker(f"{key} rebuild")[0],
+            "speedup": dense / forward,
+            "achieved": dense / forward / (macs / own),
         }
         if train:
             row["train_speedup"] = seconds["dense train"] / seconds[f"{key} train"]

@@ -3,11 +3,12 @@
 Multiplications are not what a chain of small factors waits for: it writes and reads what is between its factors, with
 matrices too narrow for the processor's vectors. A way costs
 
-    sum over its operators of  CALL + items (ITEM + m k max(n, LANES) / RATE) + what it writes and half of what it reads
+    sum over its operators of  CALL + VIEWS + items (ITEM + m k max(n, LANES) / RATE) + what it writes and half of what
+    it reads
 
-for ``items`` products (m, k) by (k, n). The constants were measured on one thread of an x86-64 processor with AVX-512
-(float32, torch 2.13), which other work shared. Only their ratios matter, and they decide between ways that differ by
-factors.
+for ``items`` products (m, k) by (k, n), and likewise for convolutions. The constants were measured on one thread of an
+x86-64 processor with AVX-512 (float32, torch 2.13), which other work shared. Only their ratios matter, and they decide
+between ways that differ by factors.
 
 Sizes are those of the input at hand. Where they are traced, the batch is unknown and the way is that of one sample;
 so it is within ``one_sample``, for counting what such a file does.
