@@ -37,6 +37,7 @@ __all__ = [
     "refitted",
     "regressors",
     "restrict",
+    "restrictions",
     "solve",
     "starts",
 ]
@@ -98,10 +99,25 @@ def _leading_inputs(matrix: Tensor, taps: int) -> Tensor:
 
 def restrict(problem: Problem, p: Tensor, taps: int) -> Problem:
     """The problem of what follows ``p`` (r, A): its input has r * taps entries, its floor what ``p`` has lost."""
-    c, d = projected(problem, p, taps)
-    b = d if c.dim() == 1 else torch.cholesky_solve(d.T, torch.linalg.cholesky(c)).T
-    lost = problem.base - float((b * d).sum())
-    return Problem(b / problem.rows[:, None], c, problem.rows, problem.floor + max(lost, 0.0), problem.energy)
+    return restrictions(problem, p, taps, [len(p)])[len(p)]
+
+
+def restrictions(problem: Problem, p: Tensor, taps: int, inputs: Sequence[int]) -> dict[int, Problem]:
+    """The problems behind the first rows of ``p`` (r, A), for each of the numbers ``inputs`` of them.
+
+    Projected moments are nested, and so are their Cholesky factors: the leading blocks are those of the leading rows.
+    """
+    whole, crossed = projected(problem, p, taps)
+    factor = whole if whole.dim() == 1 else torch.linalg.cholesky(whole)
+    found = {}
+    for r in inputs:
+        n = r * taps
+        d = crossed[:, :n]
+        c, b = (whole[:n], d) if whole.dim() == 1 else (whole[:n, :n], torch.cholesky_solve(d.T, factor[:n, :n]).T)
+        lost = problem.base - float((b * d).sum())
+        left = problem.floor + max(lost, 0.0)
+        found[r] = Problem(b / problem.rows[:, None], c, problem.rows, left, problem.energy)
+    return found
 
 
 def regressors(problem: Problem, p: Tensor, taps: int) -> Tensor:
@@ -230,13 +246,15 @@ def conjugate_gradients(
     return x
 
 
-def alternate(problem: Problem, p: Tensor, taps: int, out_rank: int | None, sweeps: int) -> tuple[Tensor, Nested]:
-    """``sweeps`` rounds of Q for P, P for Q; never worse than the start.
+def alternate(
+    problem: Problem, p: Tensor, taps: int, out_rank: int | None, sweeps: int, nested: Nested | None = None
+) -> tuple[Tensor, Nested]:
+    """``sweeps`` rounds of Q for P, P for Q; never worse than the start. ``nested``: Q of the start, where it is known.
 
     Where C is the identity a round is one of HOOI (De Lathauwer, De Moor and Vandewalle 2000): the leading inputs of
     what Q's outputs see; with all outputs the start is that already.
     """
-    nested = solve(problem, p, taps)
+    nested = nested or solve(problem, p, taps)
     rank = len(nested.gains) if out_rank is None else min(out_rank, len(nested.gains))
     for _ in range(sweeps):
         if problem.white:

@@ -42,6 +42,7 @@ from search.decompose.projection import (
     refine,
     refitted,
     restrict,
+    restrictions,
     solve,
 )
 from search.decompose.tightening import tightened
@@ -135,10 +136,15 @@ class TT:
         sizes = None if statistics is None else statistics.input_sizes
         points: list[CurvePoint] = []
         cost = _prices(layer, output_positions, sizes)
-        for low, middles in _by_low(self.ranks(layer)):
-            rests = [restrict(p, basis[:low], rows * columns) for p, basis in zip(parts, bases, strict=True)]
-            inner = [project(rest, columns)[: max(middles)] for rest in rests]
-            lost = [errors_of_ranks(r, p, columns, list(middles)) for r, p in zip(rests, inner, strict=True)]
+        lattice = dict(_by_low(self.ranks(layer)))
+        most = max(lattice)
+        rests = [restrictions(p, b[:most], rows * columns, list(lattice)) for p, b in zip(parts, bases, strict=True)]
+        inner = [{low: project(rest, columns) for low, rest in by_low.items()} for by_low in rests]
+        for low, middles in lattice.items():
+            lost = [
+                errors_of_ranks(rest[low], tall[low][: max(middles)], columns, list(middles))
+                for rest, tall in zip(rests, inner, strict=True)
+            ]
             for middle, highs in middles.items():
                 for ranks in ((low, middle, high) for high in highs):
                     error = relative(parts, [float(e[middle][min(ranks[2], len(e[middle]) - 1)]) for e in lost])
@@ -148,11 +154,14 @@ class TT:
         dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
 
         def fitted(ranks: tuple[int, ...]) -> float:
-            begun = [_train(p, basis[: ranks[0]], None, ranks, kernel) for p, basis in zip(parts, bases, strict=True)]
+            low, middle, _ = ranks
+            known = zip(bases, rests, inner, strict=True)
+            begun = [_behind(basis[:low], tall[low][:middle], rest[low], columns) for basis, rest, tall in known]
             ends = [_alternate(p, train, ranks, kernel, 1) for p, train in zip(parts, begun, strict=True)]
             return relative(parts, [train.error(ranks[2]) for train in ends])
 
-        count = refitted(parts, rows * columns, weight.shape[2] // (2 * rows * columns))
+        # Without statistics the curve is that of TT-SVD, within a few per cent of what fits reach.
+        count = 0 if statistics is None else refitted(parts, rows * columns, weight.shape[2] // (2 * rows * columns))
         return thin(tightened(thin(points, dense), floor_of(parts), fitted, count), dense)
 
 
@@ -190,11 +199,11 @@ class _Train:
     tall: Tensor
     """(r2, r1 * rows)."""
     nested: Nested
-    floor: float
-    """What is lost before the links of ``nested``, and what no linear map explains."""
+    rest: Problem
+    """What follows the first link."""
 
     def error(self, high: int) -> float:
-        return self.floor + self.nested.error(high)
+        return self.rest.floor + self.nested.error(high)
 
 
 def _train(part: Problem, first: Tensor, tall: Tensor | None, ranks: Sequence[int], sizes: Sequence[int]) -> _Train:
@@ -203,7 +212,12 @@ def _train(part: Problem, first: Tensor, tall: Tensor | None, ranks: Sequence[in
     rest = restrict(part, first, rows * columns)
     if tall is None:
         tall = project(rest, columns)[: ranks[1]]
-    return _Train(first, tall, solve(rest, tall, columns), rest.floor)
+    return _behind(first, tall, rest, columns)
+
+
+def _behind(first: Tensor, tall: Tensor, rest: Problem, columns: int) -> _Train:
+    """The best last links for two given ones."""
+    return _Train(first, tall, solve(rest, tall, columns), rest)
 
 
 def _fitted(start: nn.Module, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -217,9 +231,8 @@ def _alternate(part: Problem, train: _Train, ranks: Sequence[int], sizes: Sequen
     """At most ``rounds`` of (second link, rest) for the first, first for those; never worse than the start."""
     (rows, columns), high = sizes[:2], ranks[2]
     for _ in range(rounds):
-        rest = restrict(part, train.first, rows * columns)
-        tall, nested = alternate(rest, train.tall, columns, high, WARM_SWEEPS)
-        inner = _Train(train.first, tall, nested, rest.floor)
+        tall, nested = alternate(train.rest, train.tall, columns, high, WARM_SWEEPS, train.nested)
+        inner = _Train(train.first, tall, nested, train.rest)
         cube = tall.reshape(len(tall), -1, rows)
         q = torch.einsum("obw,bah->oahw", nested.weight(high).reshape(-1, len(tall), columns), cube)
         better = refine(part, inner.first, q.flatten(1), rows * columns)
