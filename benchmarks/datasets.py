@@ -114,7 +114,7 @@ def _published(source: Source, cache: Path) -> dict[str, Array]:
 
 
 def _scenes() -> dict[str, Array]:
-    sizes = {"train": 4_000, "val": 500, "test": 1_000}
+    sizes = {"train": 2_000, "val": 500, "test": 1_000}
     drawn = {split: scenes.draw(rows, seed) for seed, (split, rows) in enumerate(sizes.items())}
     return {f"{axis}_{split}": array for split, pair in drawn.items() for axis, array in zip("xy", pair, strict=True)}
 

@@ -162,6 +162,7 @@ class Network:
     epochs: int
     learning_rate: float
     example: tuple[int, ...]
+    batch: int = 128
 
 
 NETWORKS = {
@@ -172,9 +173,10 @@ NETWORKS = {
         segmenter,
         "scenes",
         DataSpec(task=Task.SEGMENTATION, transform=Transform(scale=1 / 255, layout="nhwc")),
-        20,
+        15,
         0.05,
         (2, 3, scenes.SIDE, scenes.SIDE),
+        batch=32,
     ),
     "vit_cifar10": Network(vit, "cifar10", DataSpec(transform=CIFAR), 10, 0.02, (2, 3, 32, 32)),
 }
@@ -194,7 +196,7 @@ def trained(name: str, *, cache: Path = CACHE) -> Path:
     torch.manual_seed(0)
     network = _arranged(known.make(), torch.channels_last)  # two thirds of the time on a CPU
     data = read_data(prepare(known.data), known.spec, scratch=cache)
-    steps = len(data.train) // 128
+    steps = len(data.train) // known.batch
     optimizer = torch.optim.SGD(
         network.parameters(), lr=known.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -202,7 +204,7 @@ def trained(name: str, *, cache: Path = CACHE) -> Path:
     began = time.monotonic()
     for epoch in range(known.epochs):
         network.train()
-        for inputs, labels in data.train.batches(128, shuffle=epoch, augment=True):
+        for inputs, labels in data.train.batches(known.batch, shuffle=epoch, augment=True):
             assert labels is not None
             loss = F.cross_entropy(network(*inputs), labels)
             optimizer.zero_grad()

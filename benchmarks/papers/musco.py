@@ -179,7 +179,14 @@ def _segmentation(scratch: Path, settings: Settings) -> Job:
     """Of the benchmarks' own segmenter."""
     known = NETWORKS["segmenter_scenes"]
     epochs = 6.0 if settings.epochs is None else settings.epochs
-    return Job("segmentation", trained("segmenter_scenes"), prepare(known.data), known.spec, FineTune(), epochs)
+    return Job(
+        "segmentation",
+        trained("segmenter_scenes"),
+        prepare(known.data),
+        known.spec,
+        FineTune(batch_size=known.batch),
+        epochs,
+    )
 
 
 CONTEXT = 12
