@@ -32,10 +32,11 @@ from torch import nn
 from benchmarks.libraries import DECOMPOSES, PEERS, Peer, command, relative_error, timed
 from benchmarks.shapes import NETWORKS
 from search.decompose import METHODS, Method
+from search.decompose.tt_matrix import TTMatrix
 
 __all__ = ["compare"]
 
-METHODS_COMPARED = ("svd", "tucker2", "cp3", "cp4", "tt")
+METHODS_COMPARED = ("svd", "tt_matrix", "tucker2", "cp3", "cp4", "tt")
 SHARES = (0.25, 0.5)
 """Of the dense parameters, that the compared ranks keep."""
 LONG = 4.0
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["tensorly"])
     parser.add_argument("--environment", nargs="*", default=[], metavar="PEER=PYTHON", help="a peer's own interpreter")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the dense parameters, one fit each")
+    parser.add_argument("--smallest", type=float, default=0, help="skip layers of fewer weights")
     parser.add_argument("--largest", type=float, default=math.inf, help="skip layers of more weights")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/decompose.json"))
     arguments = parser.parse_args()
@@ -58,13 +61,13 @@ def main() -> None:
     peers = started(arguments.peers, arguments.environment, console)
     rows: list[dict[str, Any]] = []
     for name, layer in layers(arguments.networks, arguments.weights):
-        if layer.weight.numel() > arguments.largest:
+        if not arguments.smallest <= layer.weight.numel() <= arguments.largest:
             console.print(f"{name}: skipped, {layer.weight.numel():,} weights")
             continue
         for method in arguments.methods:
             if METHODS[method].applies_to(layer) is not None:
                 continue
-            row = compare(name, layer, METHODS[method], peers, arguments.repeats)
+            row = compare(name, layer, METHODS[method], peers, arguments.repeats, arguments.shares)
             rows.append(row)
             console.print(line(row))
             facts = {
@@ -124,7 +127,12 @@ def _holding(weight: torch.Tensor) -> nn.Linear | nn.Conv2d:
 
 
 def compare(
-    name: str, layer: nn.Linear | nn.Conv2d, method: Method, peers: Sequence[Peer], repeats: int
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    method: Method,
+    peers: Sequence[Peer],
+    repeats: int,
+    shares: Sequence[float],
 ) -> dict[str, Any]:
     """One row: our curve's time, and for each compared rank everyone's time and error."""
     curves = [timed(lambda: method.curve(layer, None, 196))]
@@ -140,11 +148,14 @@ def compare(
         "fits": [],
     }
     able = [peer for peer in peers if method.name in DECOMPOSES[peer.name]]
-    for share in SHARES:
+    compared: dict[tuple[int, ...], float] = {}
+    for share in shares:
         affordable = [p for p in points if p.parameters <= share * layer.weight.numel()]
-        if not affordable:
-            continue
-        ranks = min(affordable, key=lambda p: p.error).ranks
+        if affordable:
+            # Where the ranks end below both shares, they are the same.
+            compared.setdefault(min(affordable, key=lambda p: p.error).ranks, share)
+    modes = method.modes(layer) if isinstance(method, TTMatrix) else ()
+    for ranks, share in compared.items():
         fit: dict[str, Any] = {"ranks": ranks, "share": share}
         runs: dict[str, list[tuple[float, float]]] = {}
         for repeat in range(repeats):
@@ -158,7 +169,7 @@ def compare(
                     past.append((seconds, relative_error(layer.weight, found.module.dense_weight())))
                     continue
                 try:
-                    past.append(who.decompose(method.name, layer.weight, ranks))
+                    past.append(who.decompose(method.name, layer.weight, (*modes, ranks) if modes else ranks))
                 except RuntimeError as error:
                     fit[f"{key}_failed"] = str(error)
         for key, past in runs.items():

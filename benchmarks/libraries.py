@@ -23,7 +23,7 @@ __all__ = ["DECOMPOSES", "LAYERS", "PEERS", "Peer", "command", "relative_error",
 
 PEERS = ("tensorly", "tltorch", "musco")
 DECOMPOSES = {
-    "tensorly": ("tucker2", "cp3", "tt", "svd"),
+    "tensorly": ("tucker2", "cp3", "tt", "svd", "tt_matrix"),
     "tltorch": ("tucker2", "cp4"),
     "musco": ("tucker2", "cp3"),
 }
@@ -47,8 +47,9 @@ class Peer:
         self._folder = tempfile.TemporaryDirectory()
         self.version = str(self._ask({})["version"])
 
-    def decompose(self, method: str, weight: Tensor, ranks: tuple[int, ...]) -> tuple[float, float]:
-        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks."""
+    def decompose(self, method: str, weight: Tensor, ranks: tuple[Any, ...]) -> tuple[float, float]:
+        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks; ``tt_matrix``: out modes, in
+        modes, ranks."""
         path = Path(self._folder.name) / "weight.npy"
         np.save(path, weight.detach().numpy())
         found = self._ask({"task": "decompose", "method": method, "weight": str(path), "ranks": ranks})
@@ -103,9 +104,9 @@ def relative_error(weight: Tensor, found: Tensor) -> float:
     return float((weight.double() - found.double()).norm() / weight.double().norm())
 
 
-def _tensorly(method: str, weight: Tensor, ranks: list[int]) -> tuple[float, float]:
+def _tensorly(method: str, weight: Tensor, ranks: list[Any]) -> tuple[float, float]:
     import tensorly as tl
-    from tensorly.decomposition import parafac, partial_tucker, tensor_train
+    from tensorly.decomposition import parafac, partial_tucker, tensor_train, tensor_train_matrix
     from tensorly.tenalg import svd_interface
 
     tl.set_backend("pytorch")
@@ -124,6 +125,11 @@ def _tensorly(method: str, weight: Tensor, ranks: list[int]) -> tuple[float, flo
         moved = weight.permute(1, 2, 3, 0).contiguous()
         seconds, found = timed(lambda: tensor_train(moved, rank=[1, *ranks, 1]))
         return seconds, relative_error(moved, tl.tt_to_tensor(found))
+    if method == "tt_matrix":
+        out_modes, in_modes, train = ranks
+        digits = weight.reshape(*out_modes, *in_modes)
+        seconds, found = timed(lambda: tensor_train_matrix(digits, rank=[1, *train, 1]))
+        return seconds, relative_error(weight, found.to_matrix())
     raise ValueError(f"no tensorly decomposition for {method}")
 
 
