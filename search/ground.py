@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from search.spec import Cost, CurvePoint, JobSpec, Plan, Profile, SiteChoice, SitePlan
 
-__all__ = ["Ground", "below", "ground_of"]
+__all__ = ["Ground", "below", "ground_of", "point_of"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,12 @@ def _start_point(site: SiteChoice, plan: SitePlan | None) -> CurvePoint | None:
     """What the site costs at the stage's start: its point, which a profile puts on the curve."""
     if plan is None or plan.members.keys() != site.members.keys():
         return None
-    return next((p for p in site.curves.get(plan.method, ()) if p.ranks == plan.ranks), None)
+    return point_of(site.curves, plan)
+
+
+def point_of(curves: Mapping[str, Sequence[CurvePoint]], plan: SitePlan) -> CurvePoint | None:
+    """The point of a plan's method and ranks, if a curve has it."""
+    return next((p for p in curves.get(plan.method, ()) if p.ranks == plan.ranks), None)
 
 
 def below(curve: tuple[CurvePoint, ...], start: CurvePoint | None) -> tuple[CurvePoint, ...]:

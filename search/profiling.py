@@ -19,7 +19,7 @@ from search.chains import follow
 from search.decompose import AUTO, JOINT_METHODS, METHODS, group_of, joint_method_of, method_of, same_weight
 from search.errors import BadRequest
 from search.fixed import check_fixed
-from search.ground import below
+from search.ground import below, point_of
 from search.groups import find_groups
 from search.layout import Quick
 from search.matrices import matrices, weight_of
@@ -293,8 +293,7 @@ def _with_starts(
     found = dict(curves)
     if given and not given.held:
         return found
-    held = [p for p in curves.get(given.entry.method, ()) if p.ranks == given.entry.ranks] if given else []
-    start = held[0] if held else None
+    start = point_of(curves, given.entry) if given else None
     most = (start.parameters, start.macs) if start else dense
     open_curves = {method: below(curve, start) for method, curve in curves.items()}
     form = analysed_form(open_curves)

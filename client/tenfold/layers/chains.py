@@ -40,6 +40,8 @@ class LowRankLinear(FactorizedLayer):
 
     method = "svd"
     replaces = (nn.Linear,)
+    link: type[nn.Linear] = nn.Linear
+    """The kind of layer that both links are."""
 
     def __init__(
         self,
@@ -51,8 +53,8 @@ class LowRankLinear(FactorizedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__((rank,))
-        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.last = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.first = self.link(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.last = self.link(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def like(cls, layer: nn.Module, ranks: Sequence[int]) -> "LowRankLinear":

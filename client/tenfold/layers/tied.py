@@ -75,19 +75,7 @@ class LowRankTurned(LowRankLinear):
     """
 
     replaces = (TurnedLinear,)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, bias, device, dtype)
-        self.first = TurnedLinear(in_features, rank, False, device, dtype)
-        self.last = TurnedLinear(rank, out_features, bias, device, dtype)
+    link = TurnedLinear
 
     def dense_weight(self) -> Tensor:
         return self.first.weight @ self.last.weight
