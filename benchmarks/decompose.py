@@ -32,11 +32,14 @@ from torch import nn
 from benchmarks.libraries import DECOMPOSES, PEERS, Peer, command, relative_error, timed
 from benchmarks.shapes import NETWORKS
 from search.decompose import METHODS, Method
+from search.decompose.r_cp import RCP
+from search.decompose.r_tucker import RTucker
+from search.decompose.reshaping import modes_of
 from search.decompose.tt_matrix import TTMatrix
 
 __all__ = ["compare"]
 
-METHODS_COMPARED = ("svd", "tt_matrix", "tucker2", "cp3", "cp4", "tt")
+METHODS_COMPARED = ("svd", "tt_matrix", "tucker2", "cp3", "cp4", "tt", "r_cp", "r_tucker", "r_tt")
 SHARES = (0.25, 0.5)
 """Of the dense parameters, that the compared ranks keep."""
 LONG = 4.0
@@ -154,7 +157,7 @@ def compare(
         if affordable:
             # Where the ranks end below both shares, they are the same.
             compared.setdefault(min(affordable, key=lambda p: p.error).ranks, share)
-    modes = method.modes(layer) if isinstance(method, TTMatrix) else ()
+    modes = reshaped(method, layer)
     for ranks, share in compared.items():
         fit: dict[str, Any] = {"ranks": ranks, "share": share}
         runs: dict[str, list[tuple[float, float]]] = {}
@@ -181,6 +184,16 @@ def compare(
         if times:
             row[f"{peer.name}_curve_seconds"] = statistics.mean(times) * len(points)
     return row
+
+
+def reshaped(method: Method, layer: nn.Module) -> tuple[Any, ...]:
+    """The sizes of the modes that a method makes of the outputs and of the inputs; empty where it reshapes nothing."""
+    if isinstance(method, TTMatrix):
+        return method.modes(layer)
+    if isinstance(method, (RCP, RTucker)):
+        modes = modes_of(layer)
+        return modes.t, modes.s
+    return ()
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ __all__ = ["DECOMPOSES", "LAYERS", "PEERS", "Peer", "command", "relative_error",
 
 PEERS = ("tensorly", "tltorch", "musco")
 DECOMPOSES = {
-    "tensorly": ("tucker2", "cp3", "tt", "svd", "tt_matrix"),
+    "tensorly": ("tucker2", "cp3", "cp4", "tt", "svd", "tt_matrix", "r_cp", "r_tucker", "r_tt"),
     "tltorch": ("tucker2", "cp4"),
     "musco": ("tucker2", "cp3"),
 }
@@ -48,8 +48,8 @@ class Peer:
         self.version = str(self._ask({})["version"])
 
     def decompose(self, method: str, weight: Tensor, ranks: tuple[Any, ...]) -> tuple[float, float]:
-        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks; ``tt_matrix``: out modes, in
-        modes, ranks."""
+        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks; of one that reshapes channels:
+        out modes, in modes, ranks."""
         path = Path(self._folder.name) / "weight.npy"
         np.save(path, weight.detach().numpy())
         found = self._ask({"task": "decompose", "method": method, "weight": str(path), "ranks": ranks})
@@ -106,7 +106,7 @@ def relative_error(weight: Tensor, found: Tensor) -> float:
 
 def _tensorly(method: str, weight: Tensor, ranks: list[Any]) -> tuple[float, float]:
     import tensorly as tl
-    from tensorly.decomposition import parafac, partial_tucker, tensor_train, tensor_train_matrix
+    from tensorly.decomposition import parafac, partial_tucker, tensor_train, tensor_train_matrix, tucker
     from tensorly.tenalg import svd_interface
 
     tl.set_backend("pytorch")
@@ -117,20 +117,36 @@ def _tensorly(method: str, weight: Tensor, ranks: list[Any]) -> tuple[float, flo
     if method == "tucker2":
         seconds, ((core, factors), _) = timed(lambda: partial_tucker(weight, rank=ranks[::-1], modes=[0, 1]))
         return seconds, relative_error(weight, tl.tenalg.multi_mode_dot(core, factors, modes=[0, 1]))
-    if method == "cp3":
-        cube = weight.flatten(2)
-        seconds, found = timed(lambda: parafac(cube, ranks[0], n_iter_max=100, init="svd"))
-        return seconds, relative_error(cube, tl.cp_to_tensor(found))
+    if method in ("cp3", "cp4", "r_cp"):
+        tensor = {"cp3": lambda: weight.flatten(2), "cp4": lambda: weight, "r_cp": lambda: _paired(weight, ranks)}[
+            method
+        ]()
+        rank = ranks[2][0] if method == "r_cp" else ranks[0]
+        seconds, found = timed(lambda: parafac(tensor, rank, n_iter_max=100, init="svd"))
+        return seconds, relative_error(tensor, tl.cp_to_tensor(found))
+    if method == "r_tucker":
+        out_modes, in_modes, (in1, in2, out1, out2) = ranks
+        tensor = weight.reshape(*out_modes, *in_modes, -1)
+        kept = [out1, out2, in1, in2, tensor.shape[-1]]
+        seconds, found = timed(lambda: tucker(tensor, rank=kept))
+        return seconds, relative_error(tensor, tl.tucker_to_tensor(found))
     if method == "tt":
         moved = weight.permute(1, 2, 3, 0).contiguous()
         seconds, found = timed(lambda: tensor_train(moved, rank=[1, *ranks, 1]))
         return seconds, relative_error(moved, tl.tt_to_tensor(found))
-    if method == "tt_matrix":
+    if method in ("tt_matrix", "r_tt"):
         out_modes, in_modes, train = ranks
         digits = weight.reshape(*out_modes, *in_modes)
         seconds, found = timed(lambda: tensor_train_matrix(digits, rank=[1, *train, 1]))
-        return seconds, relative_error(weight, found.to_matrix())
+        return seconds, relative_error(weight.flatten(1), found.to_matrix())
     raise ValueError(f"no tensorly decomposition for {method}")
+
+
+def _paired(weight: Tensor, given: list[Any]) -> Tensor:
+    """(t1 s1, t2 s2, taps), whose CP is that of Su et al. 2018."""
+    out_modes, in_modes, _ = given
+    digits = weight.reshape(*out_modes, *in_modes, -1).permute(0, 2, 1, 3, 4)
+    return digits.reshape(out_modes[0] * in_modes[0], out_modes[1] * in_modes[1], -1)
 
 
 def _tltorch(method: str, weight: Tensor, ranks: list[int]) -> tuple[float, float]:

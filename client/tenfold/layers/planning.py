@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest", "rows_of"]
+__all__ = ["CACHED", "Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest", "rows_of"]
 
 RATE = 60.0
 """Multiply-accumulates a nanosecond of a large product."""
@@ -39,7 +39,9 @@ SMALL = 20480
 CALL, VIEWS, ITEM = 10_000.0, 10_000.0, 100.0
 """Nanoseconds that an operator takes whatever its size, the views around a product or a copy, and each product of
 a batch."""
-WRITTEN = ((2**19, 0.4), (2**23, 0.8), (float("inf"), 1.6))
+CACHED = 2**19
+"""Elements in the second cache of one of a processor's cores."""
+WRITTEN = ((CACHED, 0.4), (2**23, 0.8), (float("inf"), 1.6))
 """Nanoseconds an element of a result of at most so many: in the second cache, in memory at hand, in memory that the
 system hands out anew (at 32 MiB)."""
 SHUFFLED = 0.5
@@ -105,7 +107,8 @@ def quickest(ways: Mapping[Way, tuple[Work, Work]], macs: int) -> Way:
 
 def batch_of(x: Tensor) -> int:
     """How many samples to plan for."""
-    return 1 if torch.compiler.is_compiling() or _one_sample.get() else max(1, x.shape[0])
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return 1 if traced or _one_sample.get() else max(1, x.shape[0])
 
 
 def rows_of(x: Tensor) -> int:

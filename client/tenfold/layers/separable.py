@@ -8,15 +8,39 @@ The last link has the bias. Each spatial link carries stride, padding and dilati
 ranks count *per group*: the depthwise links have groups * r channels, the others the dense layer's groups.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .base import Conv, ConvChain
+from .planning import CACHED, batch_of
 
 __all__ = ["CP3Conv", "CP4Conv2d", "TTConv2d"]
 
+LARGE = 3 << 20
+"""Elements of a state. Chains with larger ones wait for memory, which the C library hands back after each call."""
 
-class CP3Conv(ConvChain):
+
+class _Terms(ConvChain):
+    """Between its links are more channels than before and behind: one for each term."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Without gradients on a processor, large batches go in pieces whose states stay in its caches."""
+        batched, batch = x.dim() == len(self.kernel_size) + 2, batch_of(x)
+        if not batched or batch == 1 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return self._chain(x)
+        state = self.groups * self.ranks[0] * math.prod(x.shape[2:])
+        if batch * state <= LARGE:
+            return self._chain(x)
+        images = max(1, torch.get_num_threads() * CACHED // state)
+        return torch.cat([self._chain(piece) for piece in x.split(images)])
+
+    def _chain(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class CP3Conv(_Terms):
     """Lebedev et al. 2015, the kernel's axes together: a sum of ``ranks[0]`` terms in x (k k) x out (per group)."""
 
     method = "cp3"
@@ -27,7 +51,7 @@ class CP3Conv(ConvChain):
         self.depthwise = self._link(middle, middle, range(len(self.kernel_size)), groups=middle)
         self.last = self._link(middle, self.out_channels, None, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _chain(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.depthwise(self.first(x)))
         return y
 
@@ -40,7 +64,7 @@ class CP3Conv(ConvChain):
         return (u @ f.flatten(2)).reshape(self.out_channels, -1, *self.kernel_size)
 
 
-class CP4Conv2d(ConvChain):
+class CP4Conv2d(_Terms):
     """Lebedev et al. 2015: a sum of ``ranks[0]`` terms in x k x k x out (per group)."""
 
     method = "cp4"
@@ -56,7 +80,7 @@ class CP4Conv2d(ConvChain):
     rows: Conv
     columns: Conv
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _chain(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.columns(self.rows(self.first(x))))
         return y
 
