@@ -1,26 +1,18 @@
-"""Canonical polyadic fits, shared by ``cp3`` and ``cp4``: a kernel as a sum of R rank-one terms.
+"""Canonical polyadic fits of convolutions, shared by ``cp3`` and ``cp4``: a kernel as a sum of R rank-one terms.
 
 In whitened coordinates the layer's problem is to approximate ``T`` (out, in, *spatial) by ``sum_r u_r o p_r o k_r ...``
 in the norm of ``C``. Whitening by K, the Kronecker product of C's means over all modes but one, brings C near the
 identity, so that
 
-* plain alternating least squares, whose normal equations are R x R (Kolda and Bader 2009, equation 3.4), do most;
+* plain alternating least squares (``polyadic``) do most;
 * sweeps in the norm of C itself do the rest: the outputs' factor is a regression, the others' normal equations are
   solved by conjugate gradients from the plain ones. Where those would take too long (``WORK``: kernels of more than
   about 128 x 128 x 3 x 3) only the regression is left of them, so the stated errors are true at any size.
-
-**Degenerate terms**, which grow without bound and cancel, make a fit useless in float32 and for training. As in the
-error-preserving correction (Phan et al. 2020, "Stable low-rank tensor decomposition for compression of convolutional
-neural networks") the sum of the terms' squared norms is kept small, here within each least squares, which minimises
-``error + PENALTY * sum_r ||term_r||^2``. That only multiplies the diagonals of the normal equations by 1 + PENALTY, and
-takes PENALTY^2 of the energy of terms that do not cancel.
-
-Ranks grow along a lattice: the terms of one rank and the leading terms of what they leave out start the next.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,6 +20,20 @@ from torch import Tensor, nn
 
 from search.calibrate import Statistics
 from search.decompose.base import Fit, Problem, bias_parameters, fill, floor_of, geometry, problems, relative, thin
+from search.decompose.polyadic import (
+    Terms,
+    contracted,
+    features,
+    gram,
+    grow,
+    inflated,
+    normalized,
+    refit,
+    root,
+    solved,
+    spectral,
+    sweeps,
+)
 from search.decompose.projection import conjugate_gradients
 from search.decompose.tightening import tightened
 from search.decompose.variational import by_inputs, by_outputs, variational_rank
@@ -37,24 +43,17 @@ from tenfold.layers import factorized_like
 
 __all__ = ["CP"]
 
-PENALTY = 1e-4
 RANKS, LARGE_RANKS = 24, 10
 """Ranks on the lattice, for kernels up to ``LARGE`` weights and above."""
 LARGE = 1 << 20
-GROWTH_SWEEPS, GROWTH_GAIN = 12, 1e-3
-"""Plain sweeps at each rank of the lattice, in single precision, and the part of the error that one must gain."""
 REFITTED, CURVE_SWEEPS = 5, 2
 """Points of a curve that are fitted further, and for how many sweeps; the others follow them (``tightening``)."""
 PLAIN_SWEEPS, EXACT_SWEEPS, WARM_SWEEPS = 60, 8, 2
 """Sweeps at the rank that is wanted; exact ones from a fitted start."""
 WORK = 3e9
-"""Multiply-adds that the sweeps of one kind may take: about 0.2 s on one core."""
+"""Multiply-adds that sweeps in the norm of C may take: about 0.2 s on one core."""
 ITERATIONS = 4
 """Conjugate-gradient steps for one factor."""
-
-Terms = tuple[Tensor, ...]
-"""Factor matrices with the terms in columns: (out, R), (in, R), one for each spatial mode; columns but the first's are
-of norm one."""
 
 
 class CP:
@@ -131,11 +130,11 @@ class CP:
         lattice = self.ranks(layer)
         path = [r for (r,) in lattice]
         whites = [_whiten(part, self.modes(layer)) for part in parts]
-        grown = [dict(zip(path, _grow(white, path), strict=True)) for white in whites]
+        grown = [dict(zip(path, grow(white.target, path), strict=True)) for white in whites]
         sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in lattice:
-            lost = [_refit(w, terms[ranks[0]], exact=True)[1] for w, terms in zip(whites, grown, strict=True)]
+            lost = [_refit(w, terms[ranks[0]])[1] for w, terms in zip(whites, grown, strict=True)]
             errors = [part.floor + error for part, error in zip(parts, lost, strict=True)]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
@@ -143,9 +142,7 @@ class CP:
         dense = (weight.numel() + bias_parameters(layer), weight.numel() * output_positions)
 
         def fitted(ranks: tuple[int, ...]) -> float:
-            ends = [
-                _sweeps(w, terms[ranks[0]], CURVE_SWEEPS, exact=True)[1] for w, terms in zip(whites, grown, strict=True)
-            ]
+            ends = [_sweeps(w, terms[ranks[0]], CURVE_SWEEPS)[1] for w, terms in zip(whites, grown, strict=True)]
             return relative(parts, [part.floor + error for part, error in zip(parts, ends, strict=True)])
 
         return thin(tightened(thin(points, dense), floor_of(parts), fitted, REFITTED), dense)
@@ -207,45 +204,20 @@ def _along_modes(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _fit(w: _Whitened, path: Sequence[int]) -> tuple[Terms, float]:
     """The best terms that we know how to find at the last rank of ``path``, and their error."""
-    *_, grown = _grow(w, path)
-    tried = [grown, _sweeps(w, grown, PLAIN_SWEEPS, exact=False)[0]]
+    *_, grown = grow(w.target, path)
+    tried = [grown, sweeps(w.target, grown, PLAIN_SWEEPS)[0]]
     if path[-1] >= _exact_rank(*w.target.shape):
         # There the spectral terms are exact, which alternating steps reach only in the limit.
-        tried.append(_spectral(w.target, path[-1]))
-    terms, error = min((_refit(w, terms, exact=True) for terms in tried), key=lambda found: found[1])
-    return (terms, error) if w.moments is None else _sweeps(w, terms, EXACT_SWEEPS, exact=True)
+        tried.append(spectral(w.target, path[-1]))
+    terms, error = min((_refit(w, terms) for terms in tried), key=lambda found: found[1])
+    return (terms, error) if w.moments is None else _sweeps(w, terms, EXACT_SWEEPS)
 
 
 def _resume(w: _Whitened, part: Problem, links: Sequence[Tensor]) -> tuple[Terms, float]:
     """A few sweeps from the links of a fitted layer."""
     last, *modes = links
     white = [torch.linalg.solve(unroot, mode.T) for unroot, mode in zip(w.unroots, modes, strict=True)]
-    return _sweeps(w, (part.rows[:, None] * last, *white), WARM_SWEEPS, exact=w.moments is not None)
-
-
-def _grow(w: _Whitened, path: Iterable[int]) -> Iterator[Terms]:
-    """Terms at each of the rising ranks of ``path``, as if C were the identity.
-
-    In single precision, the target brought to norm one: nothing here is final.
-    """
-    size = w.target.norm().clamp_min(1e-150)
-    target = (w.target / size).float()
-    plain = replace(w, target=target, cross=target.flatten(1), moments=None)
-    terms = _spectral(target, 0)
-    for rank in path:
-        rest = target - (terms[0] @ _features(terms[1:]).T).reshape(target.shape)
-        new = _spectral(rest, rank - terms[0].shape[1])
-        joined = tuple(torch.cat(both, 1) for both in zip(terms, new, strict=True))
-        terms, _ = _sweeps(plain, joined, GROWTH_SWEEPS, exact=False, gain=GROWTH_GAIN)
-        out, *modes = (factor.double() for factor in terms)
-        yield (out * size, *modes)
-
-
-def _spectral(t: Tensor, count: int) -> Terms:
-    """The ``count`` strongest of mutually orthogonal terms that sum to ``t``."""
-    found = _orthogonal_terms(t)
-    strongest = found[0].norm(dim=0).argsort(descending=True)[:count]
-    return tuple(factor[:, strongest] for factor in found)
+    return _sweeps(w, (part.rows[:, None] * last, *white), WARM_SWEEPS)
 
 
 def _exact_rank(out: int, c_in: int, *spatial: int) -> int:
@@ -253,121 +225,49 @@ def _exact_rank(out: int, c_in: int, *spatial: int) -> int:
     return min(out, c_in) * math.prod(spatial)
 
 
-def _orthogonal_terms(t: Tensor) -> Terms:
-    """Split along the principal directions of the last mode, each slice along those of its own last mode, and so on."""
-    flat = t.flatten(0, -2)
-    vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors
-    if t.dim() == 2:
-        return flat @ vectors, vectors
-    parts = []
-    for vector, part in zip(vectors.T, (flat @ vectors).T.reshape(-1, *t.shape[:-1]), strict=True):
-        inner = _orthogonal_terms(part)
-        parts.append((*inner, vector[:, None].expand(-1, inner[0].shape[1])))
-    return tuple(torch.cat(factors, 1) for factors in zip(*parts, strict=True))
-
-
-def _sweeps(w: _Whitened, terms: Terms, most: int, *, exact: bool, gain: float = 1e-5) -> tuple[Terms, float]:
-    """At most ``most`` affordable sweeps, as long as each gains ``gain`` of the error; the result with its error.
-
-    Unless ``exact``, both as if C were the identity; then at least one sweep is made.
-    """
-    out, n = w.cross.shape
-    work = terms[0].shape[1] * n * (2 * ITERATIONS * n if exact else 2 * out)
-    terms, error = _refit(w, terms, exact=exact)
-    for _ in range(min(most, int(WORK / work) if exact else max(1, int(WORK / work)))):
-        found, new = _sweep(w, terms, exact=exact)
+def _sweeps(w: _Whitened, terms: Terms, most: int) -> tuple[Terms, float]:
+    """At most ``most`` affordable sweeps in the norm of C, as long as they gain; the result with its error."""
+    if w.moments is None:
+        return sweeps(w.target, terms, most)
+    n = len(w.moments)
+    terms, error = _refit(w, terms)
+    for _ in range(min(most, int(WORK / (2 * ITERATIONS * terms[0].shape[1] * n * n)))):
+        found, new = _sweep(w, terms, w.moments)
         gained = error - new
         if gained <= 0:
             break
         terms, error = found, new
-        if gained < gain * error:
+        if gained < 1e-5 * error:
             break
     return terms, error
 
 
-def _sweep(w: _Whitened, terms: Terms, *, exact: bool) -> tuple[Terms, float]:
-    """Each factor once, for all the others: those of the modes, then the outputs'. Also the error."""
+def _sweep(w: _Whitened, terms: Terms, moments: Tensor) -> tuple[Terms, float]:
+    """Each factor once, from the present one: those of the modes, then the outputs'. Also the error."""
     out, *modes = terms
-    pulled = (w.cross if exact else w.target.flatten(1)).T @ out
-    outputs = _inflated(out.T @ out)
+    seen, outputs = w.cross.T @ out, inflated(out.T @ out)
     for m in range(len(modes)):
-        # Plain normal equations: factor @ gram = right.
-        gram = outputs * _gram([*modes[:m], *modes[m + 1 :]])
-        right = _contract(pulled, modes, m)
-        modes[m] = _exact_mode(w, modes, m, right, outputs, gram) if exact else _solved(right, gram)
-    return _refit(w, (out, *(mode / mode.norm(dim=0).clamp_min(_tiny(mode)) for mode in modes)), exact=exact)
+        plain = root(outputs * gram([*modes[:m], *modes[m + 1 :]]))
+
+        def apply(x: Tensor, m: int = m) -> Tensor:
+            f = features([*modes[:m], x, *modes[m + 1 :]])
+            return contracted((moments @ f) @ outputs, modes, m)
+
+        def precondition(r: Tensor, plain: Tensor = plain) -> Tensor:
+            return torch.cholesky_solve(r.T, plain).T
+
+        modes[m] = conjugate_gradients(apply, precondition, modes[m], contracted(seen, modes, m), ITERATIONS)
+    return _refit(w, (out, *normalized(modes)))
 
 
-def _exact_mode(w: _Whitened, modes: Sequence[Tensor], m: int, right: Tensor, outputs: Tensor, gram: Tensor) -> Tensor:
-    """The factor of mode ``m`` in the norm of C, from the present one."""
-    root = _root(gram)
-
-    def apply(x: Tensor) -> Tensor:
-        f = _features([*modes[:m], x, *modes[m + 1 :]])
-        return _contract((f if w.moments is None else w.moments @ f) @ outputs, modes, m)
-
-    return conjugate_gradients(apply, lambda r: torch.cholesky_solve(r.T, root).T, modes[m], right, ITERATIONS)
-
-
-def _refit(w: _Whitened, terms: Terms, *, exact: bool) -> tuple[Terms, float]:
-    """The outputs' factor by regression, and the error; unless ``exact``, both as if C were the identity."""
-    modes = terms[1:]
-    f = _features(modes)
-    if exact and w.moments is not None:
-        gram, cross, base = f.T @ (w.moments @ f), w.cross @ f, w.base
-    else:
-        t = w.target.flatten(1)
-        gram, cross, base = _gram(modes), t @ f, float(t.square().sum())
-    out = _solved(cross, _inflated(gram))
-    return (out, *modes), max(base + float((out * (out @ gram - 2 * cross)).sum()), 0.0)
-
-
-def _features(modes: Sequence[Tensor]) -> Tensor:
-    """Column by column the Kronecker product of ``modes``: (n, R)."""
-    product = modes[0]
-    for mode in modes[1:]:
-        product = (product[:, None] * mode).flatten(0, 1)
-    return product
-
-
-def _gram(modes: Sequence[Tensor]) -> Tensor:
-    """Inner products of the columns of ``_features(modes)``: (R, R)."""
-    product = modes[0].T @ modes[0]
-    for mode in modes[1:]:
-        product = product * (mode.T @ mode)
-    return product
-
-
-def _contract(x: Tensor, modes: Sequence[Tensor], keep: int) -> Tensor:
-    """``x`` (n, R) summed against every mode but ``keep``, column by column: (size of that mode, R)."""
-    x = x.reshape(*(len(mode) for mode in modes), -1)
-    before, after = range(keep), range(keep + 1, len(modes))
-    for mode in (modes[j] for j in reversed(after)):
-        x = (x * mode).sum(-2)
-    for mode in (modes[j] for j in before):
-        x = (x * mode.reshape(len(mode), *(1,) * (x.dim() - 2), -1)).sum(0)
-    return x
-
-
-def _inflated(gram: Tensor) -> Tensor:
-    """Normal equations with the penalty on the terms' norms."""
-    return gram + PENALTY * torch.diag(gram.diagonal())
-
-
-def _root(gram: Tensor) -> Tensor:
-    """The Cholesky factor of normal equations, some of whose terms may be zero."""
-    jitter = 1e3 * torch.finfo(gram.dtype).eps * gram.diagonal().mean() + _tiny(gram)
-    root: Tensor = torch.linalg.cholesky(gram + jitter * torch.eye(len(gram), dtype=gram.dtype))
-    return root
-
-
-def _tiny(x: Tensor) -> float:
-    """What may be added to a number, or divided by, without harm."""
-    return 1e-150 if x.dtype == torch.float64 else 1e-30
-
-
-def _solved(right: Tensor, gram: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.T, _root(gram)).T
+def _refit(w: _Whitened, terms: Terms) -> tuple[Terms, float]:
+    """The outputs' factor by regression, and the error."""
+    if w.moments is None:
+        return refit(w.target, terms)
+    f = features(terms[1:])
+    normal, cross = f.T @ (w.moments @ f), w.cross @ f
+    out = solved(cross, inflated(normal))
+    return (out, *terms[1:]), max(w.base + float((out * (out @ normal - 2 * cross)).sum()), 0.0)
 
 
 def _balanced(w: _Whitened, part: Problem, terms: Terms) -> list[Tensor]:

@@ -1,20 +1,15 @@
 """``r_cp`` (Su et al. 2018): channels reshaped to two modes each, then a sum of ``rank`` Kronecker products.
 
 Grouping (s1, t1), (s2, t2) and k makes the kernel a tensor of order three whose CP this is; a Linear has no k, and its
-CP is the SVD of the rearranged matrix (Van Loan and Pitsianis 1993), all ranks at once. For a convolution a closed form
-that is nested in the rank comes from two SVDs: of one mode against the others, then of each component's matrix. Its
-terms are orthogonal, so the best ``r`` are the largest ``r``. There are three such forms; the best one is taken.
+CP is the SVD of the rearranged matrix (Van Loan and Pitsianis 1993), all ranks at once.
 
-These hold in the nearest separable norm. In the norm of C itself terms are given coefficients by regression, and
-alternating least squares goes on from there: a curve walks up the ranks, each time adding closed-form terms of what is
-left over and sweeping once, so its errors never rise; a fit walks the same way and sweeps until it gains no more. A
-proximal ridge bounds the degenerate terms that CP is known for (de Silva and Lim 2008). Layers that are too large for
-the normal equations keep the closed form, whose curve is one regression: prefixes of its Cholesky factor are the
-regressions of smaller ranks.
+In coordinates in which the nearest separable norm is plain (``reshaping``) alternating least squares (``polyadic``) do
+most. Sweeps in the norm itself do the rest, each factor's normal equations solved by conjugate gradients from the plain
+ones; where those would take too long (``WORK``) they are left out, so the stated errors are true at any size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +21,7 @@ from search.decompose.base import (
     Problem,
     bias_parameters,
     fill,
+    floor_of,
     geometry,
     input_positions,
     problems,
@@ -33,7 +29,22 @@ from search.decompose.base import (
     relative,
     thin,
 )
-from search.decompose.reshaping import Modes, modes_of, reshaped_reason, separable
+from search.decompose.polyadic import (
+    PENALTY,
+    Terms,
+    gram,
+    grow,
+    inflated,
+    normalized,
+    pulled,
+    root,
+    spectral,
+    summed,
+    sweeps,
+)
+from search.decompose.projection import conjugate_gradients
+from search.decompose.reshaping import Modes, Separable, modes_of, reshaped_reason, separable
+from search.decompose.tightening import tightened
 from search.decompose.variational import variational_rank
 from search.spec import CurvePoint
 from tenfold.layers import factorized_like
@@ -42,15 +53,18 @@ from tenfold.layers.reshaped import cp_shape, cp_way
 
 __all__ = ["RCP", "rank_for"]
 
-SWEEPS = 40
-WARM_SWEEPS = 3
-ENOUGH = 5e-3
-"""A sweep that gains less than this part of the error is the last."""
-CURVE_FLOPS = 3e9
-"""About what a curve may cost, well below a second: large layers get fewer points, at least ``FEWEST``."""
-FEWEST = 8
-LARGEST = 1200
-"""Above so many inputs (channels x taps), or unknowns of one factor, no alternating least squares."""
+RANKS, LARGE_RANKS, MORE = 24, 10, 4
+"""Ranks on the lattice up to where a layer takes as many MACs as the dense one, for those of up to ``LARGE`` weights
+and above, and beyond that."""
+LARGE = 1 << 18
+REFITTED, CURVE_SWEEPS = 8, 6
+"""Points of a curve that are fitted further, and for how many sweeps; the others follow them (``tightening``)."""
+PLAIN_SWEEPS, EXACT_SWEEPS, WARM_SWEEPS = 60, 12, 2
+"""Sweeps at the rank that is wanted; exact ones from a fitted start."""
+WORK, CURVE_WORK = 3e10, 6e9
+"""Multiply-adds that the sweeps in the norm itself may take, of a fit and of one point of a curve."""
+ITERATIONS = 4
+"""Conjugate-gradient steps for one factor."""
 
 
 class RCP:
@@ -63,12 +77,9 @@ class RCP:
         modes = modes_of(layer)
         most = rank_for(layer, modes.dense - 1 + bias_parameters(layer))
         chain = min(most, _chain_most(layer, modes))
-        out, n = math.prod(modes.t), math.prod(modes.s) * modes.taps
-        point = modes.groups * out * n * n * (2 if n > LARGEST else max(1, chain // 2))
-        count = max(FEWEST, min(60, int(CURVE_FLOPS / point)))
         # As many steps as there may be up to where a layer takes as many MACs as the dense one; few above that.
-        fine, coarse = ranks_between(1, chain, count), ranks_between(chain + 1, most, FEWEST // 2)
-        return tuple((r,) for r in (*fine, *coarse))
+        fine = ranks_between(1, chain, RANKS if modes.dense <= LARGE else LARGE_RANKS)
+        return tuple((r,) for r in (*fine, *ranks_between(chain + 1, most, MORE)))
 
     def full_ranks(self, layer: nn.Module) -> tuple[int, ...]:
         modes = modes_of(layer)
@@ -108,20 +119,18 @@ class RCP:
         metric: Tensor | None = None,
         start: nn.Module | None = None,
     ) -> Fit:
-        modes, r = modes_of(layer), ranks[0]
+        modes = modes_of(layer)
         parts = problems(layer, statistics, metric)
+        path = [r for (r,) in self.ranks(layer) if r < ranks[0]] + [ranks[0]]
         found, errors = [], []
         for g, part in enumerate(parts):
-            if start is None:
-                terms = _walk(part, modes, [*(x for (x,) in self.ranks(layer) if x < r), r])[0]
-            else:
-                terms = _read(start, g)
-            terms, error = _alternate(part, terms, modes, SWEEPS if start is None else WARM_SWEEPS)
-            found.append(terms)
+            white = _whiten(part, modes)
+            terms, error = _fit(white, path) if start is None else _resume(white, _read(start, g))
+            found.append(_balanced(white, terms))
             errors.append(part.floor + error)
-        links = {n: torch.stack([getattr(f, n) for f in found]) for n in ("factor1", "factor2", "spatial")}
-        if isinstance(layer, nn.Linear):
-            links["factor1"] = links["factor1"] * links.pop("spatial")[..., None]
+        links = dict(zip(("factor1", "factor2", "spatial"), map(torch.stack, zip(*found, strict=True)), strict=False))
+        if not isinstance(layer, nn.Linear):  # a kernel of one tap has links for it all the same
+            links.setdefault("spatial", torch.ones(modes.groups * ranks[0]))
         return Fit(fill(layer, factorized_like(layer, self.name, ranks), **links), relative(parts, errors))
 
     def curve(
@@ -140,13 +149,24 @@ class RCP:
         if not wanted:
             return ()
         parts = problems(layer, statistics, metric)
-        curves = [_walk(part, modes_of(layer), [r for (r,) in wanted])[1] for part in parts]
+        whites = [_whiten(part, modes_of(layer)) for part in parts]
+        path = [r for (r,) in wanted]
+        grown = [dict(zip(path, _growing(white, path), strict=True)) for white in whites]
         points = []
-        for i, ranks in enumerate(wanted):
-            errors = [part.floor + errors[i] for part, errors in zip(parts, curves, strict=True)]
+        for ranks in wanted:
+            lost = [white.error(terms[ranks[0]]) for white, terms in zip(whites, grown, strict=True)]
+            errors = [part.floor + error for part, error in zip(parts, lost, strict=True)]
             parameters, macs = costs[ranks]
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
-        return thin(points, dense)
+
+        def fitted(ranks: tuple[int, ...]) -> float:
+            ends = [
+                _sweeps(white, terms[ranks[0]], CURVE_SWEEPS, CURVE_WORK)[1]
+                for white, terms in zip(whites, grown, strict=True)
+            ]
+            return relative(parts, [part.floor + error for part, error in zip(parts, ends, strict=True)])
+
+        return thin(tightened(thin(points, dense), floor_of(parts), fitted, REFITTED), dense)
 
 
 def rank_for(layer: nn.Module, parameters: int) -> int:
@@ -171,214 +191,152 @@ def _chain_most(layer: nn.Module, modes: Modes) -> int:
 
 
 @dataclass(frozen=True)
-class _Terms:
-    factor1: Tensor
-    """(rank, T1, S1)."""
-    factor2: Tensor
-    """(rank, T2, S2)."""
-    spatial: Tensor
-    """(rank, taps)."""
+class _Whitened:
+    """One group's problem in coordinates in which its norm is nearly plain."""
 
-    def __getitem__(self, which: slice) -> "_Terms":
-        return _Terms(self.factor1[which], self.factor2[which], self.spatial[which])
+    modes: Modes
+    norm: Separable
+    target: Tensor
+    """M B K^1/2: (T1 S1, T2 S2, taps), or (T1 S1, T2 S2) for a Linear."""
+    moments: Tensor | None
+    """What is left of C: (S taps, S taps); None where the norm is plain."""
+    rows: Tensor
+    """What is left of M^2: (T,)."""
 
-    def joined(self, more: "_Terms") -> "_Terms":
-        pairs = ((self.factor1, more.factor1), (self.factor2, more.factor2), (self.spatial, more.spatial))
-        factor1, factor2, spatial = (torch.cat(pair) for pair in pairs)
-        return _Terms(factor1, factor2, spatial)
+    def spread(self, x: Tensor) -> Tensor:
+        """``x``, shaped like ``target``, times the norm's matrix."""
+        if self.moments is None:
+            return x
+        (t1, t2), (s1, s2) = self.modes.t, self.modes.s
+        matrix = x.reshape(t1, s1, t2, s2, -1).transpose(1, 2).reshape(t1 * t2, -1)
+        spread = (matrix * self.rows[:, None]) @ self.moments
+        return spread.reshape(t1, t2, s1, s2, -1).transpose(1, 2).reshape(x.shape)
 
-    def scaled(self, by: Tensor) -> "_Terms":
-        """Each term times ``by``: (rank,)."""
-        return _Terms(self.factor1 * by[:, None, None], self.factor2, self.spatial)
-
-    def balanced(self) -> "_Terms":
-        """The same sum with equal norms in each term: what gradient descent and low precision like."""
-        factors = (self.factor1, self.factor2, self.spatial)
-        norms = torch.stack([f.flatten(1).norm(dim=1).clamp_min(1e-30) for f in factors])
-        mean = norms.log().mean(0).exp()
-        first, second, spatial = (
-            f * (mean / n).reshape(-1, *[1] * (f.dim() - 1)) for f, n in zip(factors, norms, strict=True)
-        )
-        return _Terms(first, second, spatial)
-
-    def weight(self) -> Tensor:
-        """(T, S * taps)."""
-        _, t1, s1 = self.factor1.shape
-        _, t2, s2 = self.factor2.shape
-        right = (self.factor2[..., None] * self.spatial[:, None, None]).flatten(1)
-        v = (self.factor1.flatten(1).T @ right).reshape(t1, s1, t2, s2, -1)
-        return v.transpose(1, 2).reshape(t1 * t2, -1)
+    def error(self, terms: Terms) -> float:
+        gap = self.target - summed(terms)
+        return float((self.spread(gap) * gap).sum())
 
 
-def _read(layer: nn.Module, group: int) -> _Terms:
-    """A fitted layer's terms."""
-    first, second = (layer.get_parameter(n)[group].detach().to("cpu", torch.float64) for n in ("factor1", "factor2"))
-    spatial = torch.ones(len(first), 1, dtype=torch.float64)
-    if "spatial.weight" in layer.state_dict():
-        filters = layer.get_parameter("spatial.weight").detach().to("cpu", torch.float64)
-        spatial = filters.reshape(-1, len(first), math.prod(filters.shape[2:]))[group]
-    return _Terms(first, second, spatial)
-
-
-def _walk(part: Problem, modes: Modes, ranks: Sequence[int]) -> tuple[_Terms, list[float]]:
-    """Terms of the last of the rising ``ranks``, and the errors ``||M (B - V) C^1/2||^2`` of each of them."""
-    if _too_large(part, modes, ranks[-1]):
-        return _nested(part, modes, ranks)
-    terms, errors = _nested(part, modes, ranks[:1])
-    terms, errors[0] = _alternate(part, terms, modes, 1)
-    for rank in ranks[1:]:
-        left = replace(part, target=part.target - terms.weight())
-        terms = terms.joined(_nested(left, modes, [rank - len(terms.factor1)])[0])
-        terms, error = _alternate(part, terms, modes, 1)
-        errors.append(error)
-    return terms, errors
-
-
-def _too_large(part: Problem, modes: Modes, rank: int) -> bool:
-    return max(len(part.moments), rank * max(*modes.s, modes.taps)) > LARGEST
-
-
-def _orthogonal(part: Problem, modes: Modes, most: int) -> _Terms:
-    """At most ``most`` terms, largest first, orthogonal in the nearest separable norm."""
+def _whiten(part: Problem, modes: Modes) -> _Whitened:
     norm = separable(part, modes)
-    # (s1 t1), (s2 t2), k: each mode in turn is cut from the other two, which are then cut from each other.
-    x = norm.whitened.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
-    best: tuple[Tensor, list[Tensor]] | None = None
-    for lead in (2, 1, 0) if modes.taps > 1 else (2,):
-        others = [m for m in range(3) if m != lead]
-        moved = x.permute(lead, *others)
-        u, s, v = torch.linalg.svd(moved.flatten(1), full_matrices=False)
-        u, s, v = u[:, :most], s[:most], v[:most]
-        a, sigma, b = torch.linalg.svd(v.reshape(-1, *moved.shape[1:]), full_matrices=False)
-        sizes = (s[:, None] * sigma).flatten()
-        keep = sizes.argsort(descending=True)[:most]
-        component = keep // sigma.shape[1]
-        modewise = [torch.empty(0)] * 3
-        modewise[lead] = u.T[component] * sizes[keep, None]
-        modewise[others[0]] = a.transpose(1, 2).flatten(0, 1)[keep]
-        modewise[others[1]] = b.flatten(0, 1)[keep]
-        # The energy explained, averaged over the ranks: the forms differ most at few terms.
-        score = sizes[keep].square().cumsum(0).mean()
-        if best is None or len(keep) > len(best[1][0]) or (len(keep) == len(best[1][0]) and score > best[0]):
-            best = score, modewise
-    if best is None:
-        raise AssertionError("one form at least is always tried")
-    (m1, m2), (one, two, k) = norm.rows, norm.unroots
-    first = best[1][0].reshape(-1, modes.t[0], modes.s[0]) @ one / m1[:, None]
-    second = best[1][1].reshape(-1, modes.t[1], modes.s[1]) @ two / m2[:, None]
-    return _Terms(first, second, best[1][2] @ k)
+    (t1, t2), (s1, s2) = modes.t, modes.s
+    target = norm.whitened.transpose(1, 2).reshape(t1 * s1, t2 * s2, -1)
+    target = target if modes.taps > 1 else target.squeeze(2)
+    rows = (part.rows / (norm.rows[0][:, None] * norm.rows[1]).flatten()).square()
+    if part.white:
+        moments = None if bool(((rows - 1).abs() < 1e-9).all()) else torch.eye(s1 * s2 * modes.taps, dtype=rows.dtype)
+        return _Whitened(modes, norm, target, moments, rows)
+    one, two, k = norm.unroots
+    kept = part.full
+    for _ in range(2):  # from the left and, as C is symmetric, from the right
+        kept = torch.einsum("abcx,ad,be,cf->xdef", kept.reshape(s1, s2, modes.taps, -1), one, two, k).flatten(1)
+    return _Whitened(modes, norm, target, kept, rows)
 
 
-def _nested(part: Problem, modes: Modes, ranks: Sequence[int]) -> tuple[_Terms, list[float]]:
-    """Terms of the last of the rising ``ranks`` and the errors ``||M (B - V) C^1/2||^2`` of each of them.
-
-    The terms between two ranks share one coefficient; coefficients are a regression in the norm of C.
-    """
-    terms = _orthogonal(part, modes, ranks[-1])
-    found = len(terms.factor1)
-    ends = [min(r, found) for r in ranks]
-    blocks = [(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
-    out, n = part.target.shape
-    weights = torch.empty(len(blocks), out * n, dtype=part.target.dtype)
-    images = torch.empty_like(weights)
-    for i, (a, b) in enumerate(blocks):
-        weight = part.rows[:, None] * terms[a:b].weight()
-        weights[i], images[i] = weight.flatten(), part.spread(weight).flatten()
-    # Unit diagonal: the last terms are small, and a ridge relative to the first would drop them.
-    scale = (weights * images).sum(1).clamp_min(1e-300).rsqrt()
-    gram = (weights @ images.T) * scale[:, None] * scale
-    lower = torch.linalg.cholesky(gram + 1e-10 * torch.eye(len(gram), dtype=gram.dtype))
-    right = scale * (images @ part.weighed.flatten())
-    seen = torch.linalg.solve_triangular(lower, right[:, None], upper=False)
-    coefficients = scale * torch.linalg.solve_triangular(lower.T, seen, upper=True)[:, 0]
-    base = part.base
-    explained = [0.0, *seen[:, 0].square().cumsum(0).tolist()]
-    by_end = {b: max(base - e, 0.0) for (_, b), e in zip(blocks, explained[1:], strict=True)}
-    spread = torch.cat([c.expand(b - a) for c, (a, b) in zip(coefficients, blocks, strict=True)])
-    terms = terms.scaled(spread)
-    if found < ranks[-1]:
-        terms = _padded(terms, ranks[-1])
-    return terms.balanced(), [by_end[e] for e in ends]
+def _growing(w: _Whitened, path: Sequence[int]) -> Iterator[Terms]:
+    """Terms at each of the rising ranks of ``path``, as if the norm were plain."""
+    if w.target.dim() == 3:
+        yield from grow(w.target, path)
+        return
+    best = spectral(w.target, path[-1])
+    for rank in path:
+        yield _padded(tuple(factor[:, :rank] for factor in best), rank)
 
 
-def _padded(terms: _Terms, rank: int) -> _Terms:
-    """More terms than the closed form has: the last ones again, with half the weight each time."""
-    while len(terms.factor1) < rank:
-        more = min(rank - len(terms.factor1), len(terms.factor1))
-        halves = torch.ones(len(terms.factor1), dtype=terms.factor1.dtype)
-        halves[-more:] = 0.5
-        terms = terms.scaled(halves)
-        terms = terms.joined(terms[slice(len(terms.factor1) - more, None)])
-    return terms
+def _fit(w: _Whitened, path: Sequence[int]) -> tuple[Terms, float]:
+    """The best terms that we know how to find at the last rank of ``path``, and their error."""
+    *_, grown = _growing(w, path)
+    if w.target.dim() == 2:
+        return _sweeps(w, grown, EXACT_SWEEPS, WORK)
+    # Where there are as many as are mutually orthogonal, these are exact: alternating steps are so only in the limit.
+    tried = [grown, sweeps(w.target, grown, PLAIN_SWEEPS)[0], _padded(spectral(w.target, path[-1]), path[-1])]
+    return _sweeps(w, min(tried, key=w.error), EXACT_SWEEPS, WORK)
 
 
-def _alternate(part: Problem, terms: _Terms, modes: Modes, sweeps: int) -> tuple[_Terms, float]:
-    """Each factor in turn by least squares in the norm of C; never worse than the start."""
-    error = part.error(terms.weight()) - part.floor
-    if _too_large(part, modes, len(terms.factor1)):
-        return terms, error
-    (s1, s2), (t1, t2), k = modes.s, modes.t, modes.taps
-    c = part.full.reshape(s1, s2, k, s1, s2, k)
-    crossed = c.permute(1, 0, 2, 4, 3, 5)
-    cross = part.spread(part.target).reshape(t1, t2, s1, s2, k)
-    weight = part.rows.square().reshape(t1, t2)
-    ahead = c.reshape(s1, s2 * k, s1, s2 * k)
-    behind = crossed.reshape(s2, s1 * k, s2, s1 * k)
-    for _ in range(sweeps):
-        first = _channels(ahead, cross.flatten(3), weight, terms.factor1, terms.factor2, terms.spatial)
-        found = _Terms(first, terms.factor2, terms.spatial)
-        turned = cross.permute(1, 0, 3, 2, 4).flatten(3)
-        second = _channels(behind, turned, weight.T, found.factor2, found.factor1, found.spatial)
-        found = _Terms(found.factor1, second, found.spatial)
-        if k > 1:
-            found = _Terms(found.factor1, found.factor2, _filters(part, found, modes))
-        found = found.balanced()
-        reached = part.error(found.weight()) - part.floor
-        if not reached < error:
+def _resume(w: _Whitened, factors: Sequence[Tensor]) -> tuple[Terms, float]:
+    """A few sweeps from the factors of a fitted layer, as ``_balanced`` returns them."""
+    pairs = zip(factors, (*w.norm.rows, None), w.norm.unroots, strict=False)
+    terms = []
+    for factor, rows, unroot in pairs:
+        weighed = factor if rows is None else factor * rows[:, None]
+        terms.append(torch.linalg.solve(unroot.T, weighed, left=False).flatten(1).T)
+    return _sweeps(w, tuple(terms), WARM_SWEEPS, WORK)
+
+
+def _sweeps(w: _Whitened, terms: Terms, most: int, work: float) -> tuple[Terms, float]:
+    """At most ``most`` affordable sweeps, as long as they gain; the result with its error."""
+    error = w.error(terms)
+    if w.moments is None:
+        return (
+            (terms, error)
+            if len(terms) == 2
+            else min((terms, error), sweeps(w.target, terms, most), key=lambda found: found[1])
+        )
+    each = len(terms) * (ITERATIONS + 1) * len(w.rows) * len(w.moments) ** 2
+    # Steps in single precision, the target brought to norm one; what they reach is measured in double.
+    size = w.target.norm().clamp_min(1e-150)
+    single = replace(w, target=(w.target / size).float(), moments=w.moments.float(), rows=w.rows.float())
+    for _ in range(min(most, int(work / each))):
+        first, *rest = (factor.double() for factor in _sweep(single, (terms[0] / size, *terms[1:])))
+        found = first * size, *rest
+        gained = error - w.error(found)
+        if gained <= 0:
             break
-        gain, error, terms = error - reached, reached, found
-        if gain < ENOUGH * error:
+        terms, error = found, error - gained
+        if gained < 1e-3 * error:
             break
-    return terms, max(error, 0.0)
+    return terms, error
 
 
-def _channels(c: Tensor, cross: Tensor, weight: Tensor, own: Tensor, other: Tensor, spatial: Tensor) -> Tensor:
-    """One channel factor by its normal equations, which come apart over its own outputs.
+def _sweep(w: _Whitened, terms: Terms) -> Terms:
+    """Each factor once in the norm itself, from the present one, in the precision of ``w``; the first one last."""
+    factors, wanted = [factor.to(w.target.dtype) for factor in terms], w.spread(w.target)
+    for m in reversed(range(len(factors))):
+        normal = gram([*factors[:m], *factors[m + 1 :]])
+        ridge, plain = PENALTY * normal.diagonal(), root(inflated(normal))
 
-    ``c``: (s, s' k, s, s' k) with s the factor's own mode; ``cross``: B C as (t, t', s, s' k); ``weight``: M^2 as
-    (t, t'); ``own``: (r, t, s); ``other``: (r, t', s').
-    """
-    r, t, s = own.shape
-    f = torch.einsum("rts,rk->trsk", other, spatial).flatten(2)
-    half = (f @ c.permute(1, 0, 2, 3).flatten(1)).reshape(len(f), r, s, s, -1)
-    normal = torch.einsum("urpqx,uzx->urpzq", half, f).flatten(1)
-    normal = (weight @ normal).reshape(t, r * s, r * s)
-    right = torch.einsum("tu,tupx,urx->trp", weight, cross, f).flatten(1)
-    return _proximal(normal, right, own.transpose(0, 1).flatten(1)).reshape(t, r, s).transpose(0, 1)
+        def apply(x: Tensor, m: int = m, ridge: Tensor = ridge) -> Tensor:
+            tensor = summed((*factors[:m], x, *factors[m + 1 :]))
+            return pulled(w.spread(tensor), tuple(factors), m) + x * ridge
 
+        def precondition(r: Tensor, plain: Tensor = plain) -> Tensor:
+            return torch.cholesky_solve(r.T, plain).T
 
-def _filters(part: Problem, terms: _Terms, modes: Modes) -> Tensor:
-    """The spatial factor by its normal equations: (rank, taps)."""
-    r, k = terms.spatial.shape
-    sources = math.prod(modes.s)
-    a = torch.einsum("rts,ruv->rtusv", terms.factor1, terms.factor2).reshape(r, -1, sources)
-    weighed = part.rows[:, None] * a
-    flat = weighed.flatten(1)
-    c = part.full.reshape(sources, k, sources, k)
-    normal = torch.empty(r, k, r, k, dtype=flat.dtype)
-    for j in range(k):
-        for i in range(j + 1):
-            block = (weighed @ c[:, j, :, i]).flatten(1) @ flat.T
-            normal[:, j, :, i] = block
-            normal[:, i, :, j] = block.T
-    cross = part.spread(part.weighed).reshape(-1, sources * k)
-    right = torch.einsum("rts,tsk->rk", weighed, cross.reshape(len(cross), sources, k))
-    return _proximal(normal.reshape(1, r * k, r * k), right.reshape(1, -1), terms.spatial.reshape(1, -1)).reshape(r, k)
+        right = pulled(wanted, tuple(factors), m)
+        factors[m] = conjugate_gradients(apply, precondition, factors[m], right, ITERATIONS)
+        if m > 0:
+            factors[m] = normalized([factors[m]])[0]
+    return tuple(factors)
 
 
-def _proximal(normal: Tensor, right: Tensor, present: Tensor) -> Tensor:
-    """Normal equations with a ridge toward the present value: it bounds the step, and cannot raise the error."""
-    ridge = 1e-8 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None]
-    eye = torch.eye(normal.shape[1], dtype=normal.dtype)
-    lower = torch.linalg.cholesky(normal + ridge[..., None] * eye)
-    return torch.cholesky_solve((right + ridge * present)[..., None], lower)[..., 0]
+def _padded(terms: Terms, rank: int) -> Terms:
+    """More terms than there are: copies of the last ones, of which each has a share."""
+    missing = rank - terms[0].shape[1]
+    if missing <= 0:
+        return terms
+    chosen = torch.arange(rank) % terms[0].shape[1]
+    shares = 1 / chosen.bincount()[chosen].to(terms[0])
+    first, *rest = (factor[:, chosen] for factor in terms)
+    return first * shares, *rest
+
+
+def _balanced(w: _Whitened, terms: Terms) -> tuple[Tensor, ...]:
+    """(rank, T1, S1), (rank, T2, S2) and, where there are taps, (rank, taps), with equal norms in each term: what
+    gradient descent and low precision like."""
+    (t1, t2), (s1, s2), (m1, m2) = w.modes.t, w.modes.s, w.norm.rows
+    shapes: tuple[tuple[int, ...], ...] = ((-1, t1, s1), (-1, t2, s2), (-1, w.modes.taps))
+    factors = [f.T.reshape(shape) @ u for f, shape, u in zip(terms, shapes, w.norm.unroots, strict=False)]
+    factors[0], factors[1] = factors[0] / m1[:, None], factors[1] / m2[:, None]
+    norms = torch.stack([f.flatten(1).norm(dim=1).clamp_min(1e-30) for f in factors])
+    mean = norms.log().mean(0).exp()
+    return tuple(f * (mean / n).reshape(-1, *[1] * (f.dim() - 1)) for f, n in zip(factors, norms, strict=True))
+
+
+def _read(layer: nn.Module, group: int) -> list[Tensor]:
+    """A fitted layer's factors, as ``_balanced`` returns them."""
+    first, second = (layer.get_parameter(n)[group].detach().to("cpu", torch.float64) for n in ("factor1", "factor2"))
+    if "spatial.weight" not in layer.state_dict():
+        return [first, second]
+    filters = layer.get_parameter("spatial.weight").detach().to("cpu", torch.float64)
+    taps = filters.reshape(-1, len(first), math.prod(filters.shape[2:]))[group]
+    return [first * taps[:, :, None], second] if taps.shape[1] == 1 else [first, second, taps]

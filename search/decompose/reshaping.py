@@ -82,11 +82,12 @@ def separable(problem: Problem, modes: Modes) -> Separable:
     log = problem.rows.log().reshape(modes.t)
     m1, m2 = log.mean(1).exp(), (log.mean(0) - log.mean()).exp()
     if problem.white:
-        traces = [torch.eye(size, dtype=torch.float64) / size for size in (s1, s2, k)]
+        traces = [torch.eye(size, dtype=torch.float64) for size in (s1, s2, k)]
     else:
         c = problem.full.reshape(s1, s2, k, s1, s2, k)
         total = problem.full.diagonal().sum()
         traces = [torch.einsum(form, c) / total for form in ("abcdbc->ad", "abcaec->be", "abcabf->cf")]
+        traces[0] *= total  # the scale of C belongs to the first mode alone
     pairs = [_roots(trace) for trace in traces]
     b = problem.target.reshape(*modes.t, s1, s2, k) * m1[:, None, None, None, None] * m2[:, None, None, None]
     whitened = torch.einsum("tuabc,ad,be,cf->tudef", b, *(root for root, _ in pairs))
