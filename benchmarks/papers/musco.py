@@ -45,6 +45,7 @@ __all__ = ["run"]
 SCHEDULES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("one shot", (1.0,)),
     ("one shot", (0.8,)),
+    ("one shot", (0.5,)),
     ("two steps", (0.5, 0.5)),
     ("two steps", (0.6, 0.6)),
     ("two steps", (0.8, 0.8)),
