@@ -249,8 +249,8 @@ def _fit(w: _Whitened, path: Sequence[int]) -> tuple[Terms, float]:
     if w.target.dim() == 2:
         return _sweeps(w, grown, EXACT_SWEEPS, WORK)
     # Where there are as many as are mutually orthogonal, these are exact: alternating steps are so only in the limit.
-    tried = [grown, sweeps(w.target, grown, PLAIN_SWEEPS)[0], _padded(spectral(w.target, path[-1]), path[-1])]
-    return _sweeps(w, min(tried, key=w.error), EXACT_SWEEPS, WORK)
+    tried = [grown, sweeps(w.target, grown, PLAIN_SWEEPS)[0], spectral(w.target, path[-1])]
+    return _sweeps(w, _padded(min(tried, key=w.error), path[-1]), EXACT_SWEEPS, WORK)
 
 
 def _resume(w: _Whitened, factors: Sequence[Tensor]) -> tuple[Terms, float]:
@@ -267,11 +267,8 @@ def _sweeps(w: _Whitened, terms: Terms, most: int, work: float) -> tuple[Terms, 
     """At most ``most`` affordable sweeps, as long as they gain; the result with its error."""
     error = w.error(terms)
     if w.moments is None:
-        return (
-            (terms, error)
-            if len(terms) == 2
-            else min((terms, error), sweeps(w.target, terms, most), key=lambda found: found[1])
-        )
+        further = [sweeps(w.target, terms, most)] if len(terms) == 3 else []  # two factors are an SVD already
+        return min([(terms, error), *further], key=lambda found: found[1])
     each = len(terms) * (ITERATIONS + 1) * len(w.rows) * len(w.moments) ** 2
     # Steps in single precision, the target brought to norm one; what they reach is measured in double.
     size = w.target.norm().clamp_min(1e-150)
