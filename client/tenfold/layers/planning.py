@@ -15,7 +15,7 @@ so it is within ``one_sample``, for counting what such a file does.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CACHED", "Work", "batch_of", "convolution", "copy", "one_sample", "product", "quickest", "rows_of"]
+__all__ = ["Work", "batch_of", "convolution", "copy", "in_pieces", "one_sample", "product", "quickest", "rows_of"]
 
 RATE = 60.0
 """Multiply-accumulates a nanosecond of a large product."""
@@ -41,6 +41,8 @@ CALL, VIEWS, ITEM = 10_000.0, 10_000.0, 100.0
 a batch."""
 CACHED = 2**19
 """Elements in the second cache of one of a processor's cores."""
+LARGE = 3 << 20
+"""Elements of a state beyond which a chain waits for memory that the C library has handed back after each call."""
 WRITTEN = ((CACHED, 0.4), (2**23, 0.8), (float("inf"), 1.6))
 """Nanoseconds an element of a result of at most so many: in the second cache, in memory at hand, in memory that the
 system hands out anew (at 32 MiB)."""
@@ -107,8 +109,20 @@ def quickest(ways: Mapping[Way, tuple[Work, Work]], macs: int) -> Way:
 
 def batch_of(x: Tensor) -> int:
     """How many samples to plan for."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return 1 if traced or _one_sample.get() else max(1, x.shape[0])
+
+
+def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, state: int) -> Tensor:
+    """``run(x)``; without gradients on a processor, a large batch goes in pieces whose states stay in its caches.
+
+    ``state``: elements between two operators, of one sample.
+    """
+    batch = batch_of(x)
+    if batch == 1 or batch * state <= LARGE or x.device.type != "cpu" or torch.is_grad_enabled():
+        return run(x)
+    samples = max(1, torch.get_num_threads() * CACHED // state)
+    return torch.cat([run(piece) for piece in x.split(samples)])  # type: ignore[no-untyped-call]
 
 
 def rows_of(x: Tensor) -> int:

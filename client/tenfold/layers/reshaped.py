@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .base import Conv, ConvChain, FactorizedLayer, dense_linear
 from .contracting import TTShape, Way, from_first, from_last, joined, linear_way, train_way
 from .keeping import Keeping
-from .planning import Work, batch_of, convolution, copy, product, quickest, rows_of
+from .planning import Work, batch_of, convolution, copy, in_pieces, product, quickest, rows_of
 
 __all__ = [
     "ReshapedCPConv",
@@ -407,6 +407,9 @@ class ReshapedTuckerConv(_Tucker, ConvChain):
         self.core = self._link(g * low, g * high, range(len(self.kernel_size)))
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_pieces(self._quickest, x, max(self.in_channels, self.out_channels) * math.prod(x.shape[2:]))
+
+    def _quickest(self, x: Tensor) -> Tensor:
         sizes = tuple(x.shape[2:])
         positions = math.prod(sizes), math.prod(self.output_sizes(sizes))
         way, _ = tucker_way(self.s, self.t, self.ranks, self.kernel_size, self.groups, batch_of(x), positions)

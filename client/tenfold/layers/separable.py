@@ -14,27 +14,18 @@ import torch
 from torch import Tensor
 
 from .base import Conv, ConvChain
-from .planning import CACHED, batch_of
+from .planning import in_pieces
 
 __all__ = ["CP3Conv", "CP4Conv2d", "TTConv2d"]
-
-LARGE = 3 << 20
-"""Elements of a state. Chains with larger ones wait for memory, which the C library hands back after each call."""
 
 
 class _Terms(ConvChain):
     """Between its links are more channels than before and behind: one for each term."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Without gradients on a processor, large batches go in pieces whose states stay in its caches."""
-        batched, batch = x.dim() == len(self.kernel_size) + 2, batch_of(x)
-        if not batched or batch == 1 or x.device.type != "cpu" or torch.is_grad_enabled():
+        if x.dim() == len(self.kernel_size) + 1:  # one image by itself
             return self._chain(x)
-        state = self.groups * self.ranks[0] * math.prod(x.shape[2:])
-        if batch * state <= LARGE:
-            return self._chain(x)
-        images = max(1, torch.get_num_threads() * CACHED // state)
-        return torch.cat([self._chain(piece) for piece in x.split(images)])
+        return in_pieces(self._chain, x, self.groups * self.ranks[0] * math.prod(x.shape[2:]))
 
     def _chain(self, x: Tensor) -> Tensor:
         raise NotImplementedError

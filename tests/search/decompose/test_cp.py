@@ -166,27 +166,3 @@ def test_parameters_are_those_of_the_papers() -> None:
 def test_kernels_without_taps_are_refused() -> None:
     assert "1 x 1" in str(METHODS["cp3"].applies_to(nn.Conv2d(8, 8, 1)))
     assert "nothing to separate" in str(METHODS["cp4"].applies_to(nn.Conv2d(8, 8, (3, 1))))
-
-
-@BOTH
-def test_a_large_batch_in_pieces_gives_the_same_and_a_file_is_not_cut(method: str) -> None:
-    layer = factorized_like(nn.Conv2d(8, 6, 3, padding=1, stride=2, groups=2), method, (16,)).eval()
-    x = torch.randn(33, 8, 64, 64).contiguous(memory_format=torch.channels_last)
-    calls: list[int] = []
-    handle = layer.get_submodule("first").register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
-    with torch.no_grad():
-        found = layer(x)
-        assert len(calls) > 1
-        assert sum(calls) == len(x)
-        torch.testing.assert_close(layer(x[0]), found[0])  # an image by itself, with no batch
-    calls.clear()
-    torch.testing.assert_close(layer(x).detach(), found)
-    assert calls == [len(x)]  # with gradients, whole
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    handle.remove()
-    with torch.no_grad():
-        traced = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        baked = torch.jit.trace(layer, x)
-    assert not any("split" in str(node.target) or "cat" in str(node.target) for node in traced.graph.nodes)
-    torch.testing.assert_close(traced.module()(x[:5]), found[:5])
-    torch.testing.assert_close(baked(x[:5]), found[:5])
