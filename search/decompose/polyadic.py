@@ -37,6 +37,8 @@ __all__ = [
 PENALTY = 1e-4
 GROWTH_SWEEPS, GROWTH_GAIN = 12, 1e-3
 """At each rank of the lattice, in single precision, and the part of the error that one must gain."""
+WIDE, SPARE, POWERS = 64, 4, 2
+"""Columns from which on subspace iteration is quicker; its directions beyond those that are wanted, and its rounds."""
 WORK = 3e9
 """Multiply-adds that sweeps may take: about 0.2 s on one core."""
 
@@ -48,9 +50,9 @@ def grow(target: Tensor, path: Iterable[int]) -> Iterator[Terms]:
     """Terms at each of the rising ranks of ``path``, found in single precision."""
     size = target.norm().clamp_min(1e-150)
     single = (target / size).float()
-    terms = spectral(single, 0)
+    terms: Terms = tuple(single.new_zeros(size, 0) for size in single.shape)
     for rank in path:
-        new = spectral(single - summed(terms), rank - terms[0].shape[1])
+        new = spectral(single - summed(terms), rank - terms[0].shape[1], rough=True)
         joined = tuple(torch.cat(both, 1) for both in zip(terms, new, strict=True))
         terms, _ = sweeps(single, joined, GROWTH_SWEEPS, GROWTH_GAIN)
         first, *rest = (factor.double() for factor in terms)
@@ -94,24 +96,42 @@ def refit(target: Tensor, terms: Terms) -> tuple[Terms, float]:
     return (first, *modes), max(error, 0.0)
 
 
-def spectral(t: Tensor, count: int) -> Terms:
-    """The ``count`` strongest of mutually orthogonal terms that sum to ``t``."""
-    found = _orthogonal_terms(t)
+def spectral(t: Tensor, count: int, *, rough: bool = False) -> Terms:
+    """The ``count`` strongest of mutually orthogonal terms that sum to ``t``; ``rough``: about these, far sooner."""
+    found = _orthogonal_terms(t, count if rough else t.numel())
     strongest = found[0].norm(dim=0).argsort(descending=True)[:count]
     return tuple(factor[:, strongest] for factor in found)
 
 
-def _orthogonal_terms(t: Tensor) -> Terms:
-    """Split along the principal directions of the last mode, each slice along those of its own last mode, and so on."""
-    flat = t.flatten(0, -2)
-    vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors
+def _orthogonal_terms(t: Tensor, most: int) -> Terms:
+    """Split along the principal directions of the last mode, each slice along those of its own last mode, and so on.
+
+    ``most``: so many of each matrix that is left are enough; where that is few of many they are not exact.
+    """
     if t.dim() == 2:
-        return flat @ vectors, vectors
-    parts = []
+        few = t.shape[1] >= WIDE and 4 * most < min(t.shape)
+        vectors = _leading(t, most) if few else _principal(t)
+        return t @ vectors, vectors
+    flat = t.flatten(0, -2)
+    vectors, parts = _principal(flat), []
     for vector, part in zip(vectors.T, (flat @ vectors).T.reshape(-1, *t.shape[:-1]), strict=True):
-        inner = _orthogonal_terms(part)
+        inner = _orthogonal_terms(part, most)
         parts.append((*inner, vector[:, None].expand(-1, inner[0].shape[1])))
     return tuple(torch.cat(factors, 1) for factors in zip(*parts, strict=True))
+
+
+def _principal(matrix: Tensor) -> Tensor:
+    """All right singular vectors: (columns, columns)."""
+    vectors: Tensor = torch.linalg.eigh(matrix.T @ matrix).eigenvectors
+    return vectors
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """About the first right singular vectors, (columns, count), by subspace iteration (Halko et al. 2011)."""
+    drawn = torch.randn(matrix.shape[1], count + SPARE, generator=torch.Generator().manual_seed(0)).to(matrix)
+    for _ in range(POWERS):
+        drawn = torch.linalg.qr(matrix.T @ (matrix @ drawn)).Q
+    return (drawn @ _principal(matrix @ drawn))[:, -count:]
 
 
 def summed(terms: Terms) -> Tensor:
