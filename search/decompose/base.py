@@ -163,6 +163,8 @@ class Problem:
 
     def spread(self, rows: Tensor) -> Tensor:
         """``rows @ C``: (rows, in * taps)."""
+        if self.white:
+            return rows
         return rows * self.moments if self.moments.dim() == 1 else rows @ self.moments
 
     def error(self, weight: Tensor) -> float:

@@ -154,17 +154,18 @@ def refit(problem: Problem, cores: Train, *, sweeps: int, macs: float) -> tuple[
     metric = problem.rows.square()[:, None]
     gap = problem.target - train_matrix(cores)
     pull = metric * problem.spread(gap)  # W (B - V) C: minus half the gradient with respect to V
-    error = float((gap * pull).sum())
+    error = float(torch.dot(gap.flatten(), pull.flatten()))
+    del gap  # as large as the layer, of which a sweep holds a few already
     # Products with C that each core may take; few sweeps of many steps do more than many of few.
     # One with the identity costs nothing beside those with the cores.
-    product = gap.numel() * (max(len(core) for core in cores) if problem.white else gap.shape[1])
+    product = pull.numel() * (max(len(core) for core in cores) if problem.white else pull.shape[1])
     products = int(macs / (len(cores) * product))
     sweeps = min(sweeps, max(1, products // STEPS))
     steps = min(STEPS, products // sweeps)
     for _ in range(sweeps if steps else 0):
         cores = _right_orthonormal(cores)
         behind = _products_behind(cores)
-        before = torch.ones(1, 1, 1, dtype=gap.dtype)
+        before = torch.ones(1, 1, 1, dtype=pull.dtype)
         for k in range(len(cores)):
             cores[k], pull = _better_core(cores[k], before, behind[k], problem, pull, steps)
             if k + 1 < len(cores):
@@ -213,7 +214,7 @@ def _better_core(
         if rho <= enough or curvature <= 0:
             break
         step = rho / curvature
-        core, residual, pull = core + step * direction, residual - step * along, pull - step * image
+        core, residual, pull = core + step * direction, residual - step * along, pull.sub_(image, alpha=step)
         rho, previous = float(residual.square().sum()), rho
         direction = residual + (rho / previous) * direction
     return core, pull
