@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from search.calibrate import Statistics
 from search.decompose.base import Fit, Problem, bias_parameters, fill, floor_of, geometry, problems, relative, thin
 from search.decompose.polyadic import (
+    PENALTY,
+    RIDGE,
     Terms,
     contracted,
     features,
@@ -134,7 +136,7 @@ class CP:
         sizes = None if statistics is None else statistics.input_sizes
         points = []
         for ranks in lattice:
-            lost = [_refit(w, terms[ranks[0]])[1] for w, terms in zip(whites, grown, strict=True)]
+            lost = [_refit(w, terms[ranks[0]], RIDGE)[1] for w, terms in zip(whites, grown, strict=True)]
             errors = [part.floor + error for part, error in zip(parts, lost, strict=True)]
             parameters, macs = self.cost(layer, ranks, output_positions, input_sizes=sizes)
             points.append(CurvePoint(ranks=ranks, parameters=parameters, macs=macs, error=relative(parts, errors)))
@@ -209,7 +211,7 @@ def _fit(w: _Whitened, path: Sequence[int]) -> tuple[Terms, float]:
     if path[-1] >= _exact_rank(*w.target.shape):
         # There the spectral terms are exact, which alternating steps reach only in the limit.
         tried.append(spectral(w.target, path[-1]))
-    terms, error = min((_refit(w, terms) for terms in tried), key=lambda found: found[1])
+    terms, error = min((_refit(w, terms, RIDGE) for terms in tried), key=lambda found: found[1])
     return (terms, error) if w.moments is None else _sweeps(w, terms, EXACT_SWEEPS)
 
 
@@ -239,13 +241,13 @@ def _sweeps(w: _Whitened, terms: Terms, most: int) -> tuple[Terms, float]:
         terms, error = found, new
         if gained < 1e-5 * error:
             break
-    return terms, error
+    return min(_refit(w, terms, RIDGE), _sweep(w, terms, w.moments, RIDGE), key=lambda found: found[1])
 
 
-def _sweep(w: _Whitened, terms: Terms, moments: Tensor) -> tuple[Terms, float]:
+def _sweep(w: _Whitened, terms: Terms, moments: Tensor, penalty: float = PENALTY) -> tuple[Terms, float]:
     """Each factor once, from the present one: those of the modes, then the outputs'. Also the error."""
     out, *modes = terms
-    seen, outputs = w.cross.T @ out, inflated(out.T @ out)
+    seen, outputs = w.cross.T @ out, inflated(out.T @ out, penalty)
     for m in range(len(modes)):
         plain = root(outputs * gram([*modes[:m], *modes[m + 1 :]]))
 
@@ -257,16 +259,16 @@ def _sweep(w: _Whitened, terms: Terms, moments: Tensor) -> tuple[Terms, float]:
             return torch.cholesky_solve(r.T, plain).T
 
         modes[m] = conjugate_gradients(apply, precondition, modes[m], contracted(seen, modes, m), ITERATIONS)
-    return _refit(w, (out, *normalized(modes)))
+    return _refit(w, (out, *normalized(modes)), penalty)
 
 
-def _refit(w: _Whitened, terms: Terms) -> tuple[Terms, float]:
+def _refit(w: _Whitened, terms: Terms, penalty: float = PENALTY) -> tuple[Terms, float]:
     """The outputs' factor by regression, and the error."""
     if w.moments is None:
-        return refit(w.target, terms)
+        return refit(w.target, terms, penalty)
     f = features(terms[1:])
     normal, cross = f.T @ (w.moments @ f), w.cross @ f
-    out = solved(cross, inflated(normal))
+    out = solved(cross, inflated(normal, penalty))
     return (out, *terms[1:]), max(w.base + float((out * (out @ normal - 2 * cross)).sum()), 0.0)
 
 

@@ -7,8 +7,8 @@ lattice: the terms of one rank and the leading terms of what they leave out star
 **Degenerate terms**, which grow without bound and cancel, make a fit useless in float32 and for training. As in the
 error-preserving correction (Phan et al. 2020, "Stable low-rank tensor decomposition for compression of convolutional
 neural networks") the sum of the terms' squared norms is kept small, here within each least squares, which minimises
-``error + PENALTY * sum_r ||term_r||^2``. That only multiplies the diagonals of the normal equations by 1 + PENALTY, and
-takes PENALTY^2 of the energy of terms that do not cancel.
+``error + PENALTY * sum_r ||term_r||^2``. That only multiplies the diagonals of the normal equations by 1 + PENALTY. The
+last sweep of all takes ``RIDGE`` in its place, so that terms that do not cancel lose nothing by it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "PENALTY",
+    "RIDGE",
     "Terms",
     "contracted",
     "features",
@@ -34,7 +35,9 @@ __all__ = [
     "sweeps",
 ]
 
-PENALTY = 1e-4
+PENALTY, RIDGE = 1e-2, 1e-4
+"""ResNet-32 with all convolutions at a fifth by cp3, trained for four epochs, keeps 71 % with this, 58 with 1e-3 and 28
+with 1e-4; weight errors rise by about one per cent from each to the next."""
 GROWTH_SWEEPS, GROWTH_GAIN = 12, 1e-3
 """At each rank of the lattice, in single precision, and the part of the error that one must gain."""
 WIDE, SPARE, POWERS = 64, 4, 2
@@ -72,26 +75,26 @@ def sweeps(target: Tensor, terms: Terms, most: int, gain: float = 1e-5) -> tuple
         terms, error = found, new
         if gained < gain * error:
             break
-    return terms, error
+    return _sweep(target, terms, RIDGE)
 
 
-def _sweep(target: Tensor, terms: Terms) -> tuple[Terms, float]:
+def _sweep(target: Tensor, terms: Terms, penalty: float = PENALTY) -> tuple[Terms, float]:
     """Each factor once, for all the others, the first one last. Also the error."""
     first, *modes = terms
     seen = target.flatten(1).T @ first
-    outputs = inflated(first.T @ first)
+    outputs = inflated(first.T @ first, penalty)
     for m in range(len(modes)):
         others = [*modes[:m], *modes[m + 1 :]]
         # Plain normal equations: factor @ gram = right.
         modes[m] = solved(contracted(seen, modes, m), outputs * gram(others) if others else outputs)
-    return refit(target, (first, *normalized(modes)))
+    return refit(target, (first, *normalized(modes)), penalty)
 
 
-def refit(target: Tensor, terms: Terms) -> tuple[Terms, float]:
+def refit(target: Tensor, terms: Terms, penalty: float = PENALTY) -> tuple[Terms, float]:
     """The first factor by regression, and the error."""
     modes, flat = terms[1:], target.flatten(1)
     normal, cross = gram(modes), flat @ features(modes)
-    first = solved(cross, inflated(normal))
+    first = solved(cross, inflated(normal, penalty))
     error = float(flat.square().sum()) + float((first * (first @ normal - 2 * cross)).sum())
     return (first, *modes), max(error, 0.0)
 
@@ -176,9 +179,9 @@ def normalized(modes: Sequence[Tensor]) -> list[Tensor]:
     return [mode / mode.norm(dim=0).clamp_min(_tiny(mode)) for mode in modes]
 
 
-def inflated(normal: Tensor) -> Tensor:
-    """Normal equations with the penalty on the terms' norms."""
-    return normal + PENALTY * torch.diag(normal.diagonal())
+def inflated(normal: Tensor, penalty: float = PENALTY) -> Tensor:
+    """Normal equations with a penalty on the terms' norms."""
+    return normal + penalty * torch.diag(normal.diagonal())
 
 
 def root(normal: Tensor) -> Tensor:

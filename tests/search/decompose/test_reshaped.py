@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from search.decompose import METHODS, r_cp, r_tucker
+from search.decompose.polyadic import PENALTY
 from tenfold.layers import factorized_like
 from tenfold.layers.base import CONVS, Conv
 from tenfold.layers.contracting import TTShape
@@ -70,8 +71,8 @@ class TestRCP(Contract):
         x = smooth_input(layer)
         for statistics in (None, statistics_of(layer, x)):
             fit = self.m.factorize(layer, self.full(layer), statistics)
-            assert fit.error < 1e-4
-            torch.testing.assert_close(fit.module(x), layer(x), rtol=2e-2, atol=2e-2)
+            assert fit.error < PENALTY**2
+            torch.testing.assert_close(fit.module(x), layer(x), rtol=5e-2, atol=5e-2)
 
 
 class TestRTucker(Contract):
