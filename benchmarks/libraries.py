@@ -48,7 +48,7 @@ class Peer:
         self.version = str(self._ask({})["version"])
 
     def decompose(self, method: str, weight: Tensor, ranks: tuple[Any, ...]) -> tuple[float, float]:
-        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks; of one that reshapes channels:
+        """Seconds, and ``||W - V|| / ||W||``, of one decomposition at our method's ranks; where channels are reshaped:
         out modes, in modes, ranks."""
         path = Path(self._folder.name) / "weight.npy"
         np.save(path, weight.detach().numpy())
@@ -117,11 +117,14 @@ def _tensorly(method: str, weight: Tensor, ranks: list[Any]) -> tuple[float, flo
     if method == "tucker2":
         seconds, ((core, factors), _) = timed(lambda: partial_tucker(weight, rank=ranks[::-1], modes=[0, 1]))
         return seconds, relative_error(weight, tl.tenalg.multi_mode_dot(core, factors, modes=[0, 1]))
-    if method in ("cp3", "cp4", "r_cp"):
-        tensor = {"cp3": lambda: weight.flatten(2), "cp4": lambda: weight, "r_cp": lambda: _paired(weight, ranks)}[
-            method
-        ]()
-        rank = ranks[2][0] if method == "r_cp" else ranks[0]
+    if method in ("cp3", "cp4"):
+        tensor = weight.flatten(2) if method == "cp3" else weight
+        seconds, found = timed(lambda: parafac(tensor, ranks[0], n_iter_max=100, init="svd"))
+        return seconds, relative_error(tensor, tl.cp_to_tensor(found))
+    if method == "r_cp":
+        out_modes, in_modes, (rank,) = ranks
+        digits = weight.reshape(*out_modes, *in_modes, -1).permute(0, 2, 1, 3, 4)
+        tensor = digits.reshape(out_modes[0] * in_modes[0], out_modes[1] * in_modes[1], -1)
         seconds, found = timed(lambda: parafac(tensor, rank, n_iter_max=100, init="svd"))
         return seconds, relative_error(tensor, tl.cp_to_tensor(found))
     if method == "r_tucker":
@@ -140,13 +143,6 @@ def _tensorly(method: str, weight: Tensor, ranks: list[Any]) -> tuple[float, flo
         seconds, found = timed(lambda: tensor_train_matrix(digits, rank=[1, *train, 1]))
         return seconds, relative_error(weight.flatten(1), found.to_matrix())
     raise ValueError(f"no tensorly decomposition for {method}")
-
-
-def _paired(weight: Tensor, given: list[Any]) -> Tensor:
-    """(t1 s1, t2 s2, taps), whose CP is that of Su et al. 2018."""
-    out_modes, in_modes, _ = given
-    digits = weight.reshape(*out_modes, *in_modes, -1).permute(0, 2, 1, 3, 4)
-    return digits.reshape(out_modes[0] * in_modes[0], out_modes[1] * in_modes[1], -1)
 
 
 def _tltorch(method: str, weight: Tensor, ranks: list[int]) -> tuple[float, float]:
